@@ -1,0 +1,75 @@
+"""The command ``mmts``: cluster captions, run a host, check an installation, see it work."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from . import __version__
+from .errors import ConfigError, MMTSError
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; the exit status is 0, or 2 after an error that the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["run"] and arguments[1:2] not in ([], ["-h"], ["--help"]):
+            return _launch(arguments[1:])  # what follows belongs to the host, flags and all
+        parsed = _parser().parse_args(arguments)
+        return parsed.run(parsed) or 0
+    except MMTSError as error:
+        print(f"mmts: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import doctor
+    from .clustering import command as cluster
+    from .demo import command as demo
+
+    parser = argparse.ArgumentParser(
+        prog="mmts",
+        description="MM-TS: temperature and margin schedules for contrastive trainers (arXiv 2603.08202).",
+        epilog="Start with `mmts demo`, or: mmts cluster train.tsv -o clusters.parquet, then add "
+        "--loss mmts --mmts-clusters clusters.parquet to your training command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mmts-plugins {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    cluster.add_parser(commands)
+    launcher = commands.add_parser(
+        "run",
+        help="start a host with the plugin armed, without the start-up file",
+        usage="mmts run -m MODULE [host flags] | mmts run SCRIPT [host flags]",
+        description="Start a trainer with MM-TS armed, for environments where .pth files are not read. Under torchrun: "
+        "torchrun --nproc_per_node 8 -m -- mmts_plugins run -m open_clip_train.main --loss mmts ...",
+    )
+    launcher.set_defaults(run=lambda _: launcher.print_help())
+    doctor.add_parser(commands)
+    demo.add_parser(commands)
+    return parser
+
+
+def _launch(arguments: list[str]) -> int:
+    """Arm the hosts and become the target, as ``python -m`` or ``python SCRIPT`` would."""
+    import runpy
+
+    from . import registry
+    from ._startup import asks_for_us
+
+    registry.install_all()
+    as_module = arguments[0] == "-m"
+    if as_module and len(arguments) < 2:
+        raise ConfigError("mmts run -m: which module? For example: mmts run -m open_clip_train.main --loss mmts ...")
+    target, rest = (arguments[1], arguments[2:]) if as_module else (arguments[0], arguments[1:])
+    if asks_for_us(rest):
+        known = [name for host in registry.hosts() for name in host.start_modules]
+        if target not in known:
+            raise ConfigError(f"no adapter for {target!r}, so --loss mmts would do nothing; known: {', '.join(known)}")
+    sys.argv = [target, *rest]
+    if as_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(target, run_name="__main__")
+    return 0

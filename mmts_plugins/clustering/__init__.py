@@ -1,0 +1,4 @@
+"""Captions, labels or embeddings to a cluster table, once before training: the ``mmts cluster`` command.
+
+Runs outside the training process and may live in another environment; needs the extra ``mmts-plugins[cluster]``.
+"""

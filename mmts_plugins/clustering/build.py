@@ -1,0 +1,72 @@
+"""Samples and their clusters or classes to a ClusterTable. Rows are samples (or distinct captions), keys are distinct.
+
+Clusters are numbered by descending size and keys stand in first-seen order, so that tables are readable and the same
+input gives the same content hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..clusters import CLASS, ClusterTable
+from .kmeans import Clustering
+
+
+def distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct values in first-seen order, and ``[n]`` the place of each value among them."""
+    place: dict[str, int] = {}
+    codes = np.fromiter((place.setdefault(value, len(place)) for value in values), np.int64, len(values))
+    return list(place), codes
+
+
+def majority(groups: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, int]:
+    """For each group ``0 .. G-1`` its most frequent value (ties: first seen), and how many groups hold several."""
+    base = int(values.max()) + 1
+    pairs, first, times = np.unique(groups * base + values, return_index=True, return_counts=True)
+    owner = pairs // base
+    order = np.lexsort((first, -times, owner))
+    _, starts = np.unique(owner[order], return_index=True)
+    return pairs[order][starts] % base, int((np.bincount(owner) > 1).sum())
+
+
+def by_size(cluster: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Clusters renumbered: 0 is the largest; ties keep their order, empty ones vanish."""
+    sizes = np.bincount(cluster, weights=count)
+    rank = np.empty(len(sizes), np.int64)
+    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
+    return rank[cluster]
+
+
+def class_table(ids: Sequence[str], count: np.ndarray, info: dict[str, Any]) -> ClusterTable:
+    """One key per class; its frequency is its count."""
+    return ClusterTable.build(ids, by_size(np.arange(len(ids)), count), count, count, CLASS, info)
+
+
+def labelled_table(captions: Sequence[str], labels: Sequence[str], info: dict[str, Any]) -> tuple[ClusterTable, int]:
+    """One key per caption; its cluster is its (most frequent) label, its frequency that label's number of samples.
+
+    Returns:
+        The table, and how many captions occur under several labels.
+    """
+    keys, rows = distinct(captions)
+    _, classes = distinct(labels)
+    chosen, several = majority(rows, classes)
+    count = np.bincount(rows)
+    return ClusterTable.build(keys, by_size(chosen, count), np.bincount(classes)[chosen], count, info=info), several
+
+
+def clustered_table(keys: Sequence[str], rows: np.ndarray, count: np.ndarray, clustering: Clustering,
+                    info: dict[str, Any]) -> ClusterTable:  # fmt: skip
+    """One key per caption from a clustering of rows.
+
+    Args:
+        rows: ``[n]`` the key of each clustered row. A key with several rows (embeddings given per sample) gets its
+            most frequent cluster and its mean frequency.
+        count: ``[M]`` how many samples each key has.
+    """
+    chosen, _ = majority(rows, clustering.cluster)
+    frequency = np.bincount(rows, weights=clustering.frequency) / np.bincount(rows)
+    return ClusterTable.build(keys, by_size(chosen, count), frequency, count, info=info)

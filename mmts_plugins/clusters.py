@@ -1,0 +1,257 @@
+"""The cluster table (which caption belongs to which concept, how common it is) and the cluster shift, Eq. 6."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Optional, TypeVar, Union
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from ._files import PathLike, replacing
+from .errors import ConfigError, TableError
+
+CAPTION = "caption"
+CLASS = "class"
+_METADATA_KEY = b"mmts"
+_FORMAT = 1
+
+Sizes = TypeVar("Sizes", torch.Tensor, np.ndarray)
+
+
+def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_max: float) -> Sizes:
+    """Cluster sizes to cluster shifts, Eq. 6 of the paper.
+
+    ``sh(c) = (K_c - min K) / (max K - min K) * (shift_max - shift_min) + shift_min``
+
+    Args:
+        sizes: ``[K]``, how many samples (or how common) each cluster is, over *all* clusters of the training set.
+        shift_min, shift_max: the shift of the rarest and of the most common cluster, in units of temperature.
+
+    Returns:
+        ``[K]`` shifts, a tensor for a tensor, else a NumPy array; float64 unless ``sizes`` is of another float type.
+        Where all sizes are equal the ratio is 0/0 and every cluster gets the midpoint.
+
+    Raises:
+        ConfigError: ``sizes`` is empty or not finite, or ``shift_min > shift_max``.
+    """
+    if not shift_min <= shift_max:
+        raise ConfigError(f"shift_min {shift_min} is above shift_max {shift_max} (--mmts-shift-min, --mmts-shift-max)")
+    if isinstance(sizes, torch.Tensor):
+        shifts = cluster_shift(sizes.detach().cpu().double().numpy(), shift_min, shift_max)
+        return torch.from_numpy(shifts).to(sizes if sizes.is_floating_point() else sizes.device)
+    values = np.asarray(sizes)
+    if not np.issubdtype(values.dtype, np.floating):
+        values = values.astype(np.float64)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ConfigError("cluster sizes must be finite numbers, at least one")
+    low, high = values.min(), values.max()
+    if low == high:
+        return np.full_like(values, (shift_min + shift_max) / 2)
+    return (values - low) / (high - low) * (shift_max - shift_min) + shift_min
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterTable:
+    """One row per distinct caption (or class): to which cluster it belongs and how common its concept is.
+
+    Attributes:
+        keys: ``[M]`` Arrow strings, distinct: captions, or class ids (``kind`` says which).
+        cluster: ``[M]`` int32 in ``[0, K)``.
+        frequency: ``[M]`` float64, ``K_c`` of Eq. 6: the size of the key's cluster (a caption that occurs 40 times
+            counts 40 times), the class count, or the mean size over several clusterings.
+        count: ``[M]`` int64, how many samples have this key; ones where the file does not say.
+        kind: ``"caption"`` or ``"class"``.
+        info: how the table was made (encoder, k, seed, versions, ...); free-form, JSON.
+        source: the file it came from, for messages.
+    """
+
+    keys: pa.Array
+    cluster: np.ndarray
+    frequency: np.ndarray
+    count: np.ndarray
+    kind: str = CAPTION
+    info: dict[str, Any] = field(default_factory=dict)
+    source: str = "the cluster table"
+
+    def __post_init__(self) -> None:
+        def bad(what: str) -> TableError:
+            return TableError(f"{self.source}: {what}")
+
+        if len(self.keys) == 0:
+            raise bad("the table is empty")
+        if self.kind not in (CAPTION, CLASS):
+            raise bad(f"unknown kind of key {self.kind!r}, expected {CAPTION!r} or {CLASS!r}")
+        for name in ("cluster", "frequency", "count"):
+            if len(getattr(self, name)) != len(self.keys):
+                raise bad(f"column {name!r} has {len(getattr(self, name))} rows, 'key' has {len(self.keys)}")
+        if self.cluster.min() < 0:
+            raise bad("column 'cluster' holds a negative number")
+        if not (np.isfinite(self.frequency).all() and self.frequency.min() > 0):
+            raise bad("column 'frequency' must hold finite numbers above zero")
+        if self.count.min() < 1:
+            raise bad("column 'count' must hold numbers of at least one")
+
+    @classmethod
+    def build(
+        cls,
+        keys: Union[Sequence[str], pa.Array],
+        cluster: Union[Sequence[int], np.ndarray],
+        frequency: Union[Sequence[float], np.ndarray],
+        count: Union[Sequence[int], np.ndarray, None] = None,
+        kind: str = CAPTION,
+        info: Optional[dict[str, Any]] = None,
+    ) -> ClusterTable:
+        """A table from plain columns, see the attributes of the class."""
+        array = keys if isinstance(keys, pa.Array) else pa.array(keys, pa.large_string())
+        return cls(
+            array.cast(pa.large_string()),
+            np.asarray(cluster, np.int32),
+            np.asarray(frequency, np.float64),
+            np.ones(len(array), np.int64) if count is None else np.asarray(count, np.int64),
+            kind,
+            dict(info or {}),
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """``[K]`` how many samples each cluster holds, int64."""
+        return np.bincount(self.cluster, weights=self.count).astype(np.int64)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of what training reads (keys, clusters, frequencies), whatever the file's layout or compression."""
+        digest = hashlib.blake2b(digest_size=16)
+        lengths = pc.binary_length(self.keys).to_numpy(zero_copy_only=False).astype("<i8")
+        text = self.keys.buffers()[2]
+        offsets = np.frombuffer(self.keys.buffers()[1], np.int64)[self.keys.offset : self.keys.offset + len(self) + 1]
+        digest.update(self.kind.encode())
+        digest.update(lengths.tobytes())
+        if text is not None:
+            digest.update(memoryview(text)[int(offsets[0]) : int(offsets[-1])])
+        digest.update(self.cluster.astype("<i4").tobytes())
+        digest.update(self.frequency.astype("<f8").tobytes())
+        return digest.hexdigest()
+
+    def shifts(self, shift_min: float, shift_max: float) -> np.ndarray:
+        """``[M]`` float64: Eq. 6 for every key, with the minimum and maximum over the whole table."""
+        return cluster_shift(self.frequency, shift_min, shift_max)
+
+    def third_means(self, values: np.ndarray) -> tuple[float, float, float]:
+        """Means of ``values`` (``[M]``, one per key) over the head, middle and tail third of the training samples.
+
+        Samples are ranked by ``frequency``; a key whose samples lie across a border counts to both sides in proportion.
+        """
+        order = np.argsort(-self.frequency, kind="stable")
+        edges = np.concatenate([[0.0], np.cumsum(self.count[order])]) / self.count.sum()
+        means = []
+        for third in range(3):
+            inside = np.diff(np.clip(edges, third / 3, (third + 1) / 3))
+            means.append(float(np.average(values[order], weights=inside)))
+        return means[0], means[1], means[2]
+
+    def save(self, path: PathLike) -> None:
+        """Write one Parquet file (readable by any tool), whole or not at all.
+
+        Raises:
+            TableError: the file cannot be written; whatever stood there before still does.
+        """
+        info = {
+            **self.info,
+            "format": _FORMAT,
+            "kind": self.kind,
+            "clusters": len(self.sizes),
+            "samples": int(self.count.sum()),
+            "frequency_min": float(self.frequency.min()),
+            "frequency_max": float(self.frequency.max()),
+            "content_hash": self.content_hash,
+        }
+        table = pa.table(
+            {"key": self.keys, "cluster": self.cluster, "frequency": self.frequency, "count": self.count}
+        ).replace_schema_metadata({_METADATA_KEY: json.dumps(info, sort_keys=True).encode()})
+        try:
+            with replacing(path) as temporary:
+                pq.write_table(table, temporary, compression="zstd")
+        except OSError as error:
+            raise TableError(f"{path}: cannot write the cluster table: {error}") from error
+
+    @classmethod
+    def load(cls, path: PathLike) -> ClusterTable:
+        """Read a Parquet file, or a folder of Parquet parts.
+
+        Raises:
+            TableError: missing, truncated, not a cluster table, or changed since it was written.
+        """
+        source = Path(path)
+        if not source.exists():
+            raise TableError(f"{source}: no such cluster table; make one with: mmts cluster CAPTIONS -o {source}")
+        parts = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+        if not parts:
+            raise TableError(f"{source}: the folder holds no *.parquet file")
+        tables = []
+        for part in parts:
+            try:
+                schema = pq.read_schema(part)
+                missing = {"key", "cluster", "frequency"} - set(schema.names)
+                if missing:
+                    raise TableError(
+                        f"{part}: not a cluster table: column {sorted(missing)[0]!r} is missing (found: "
+                        f"{', '.join(schema.names[:8])}); make one with: mmts cluster"
+                    )
+                columns = [name for name in ("key", "cluster", "frequency", "count") if name in schema.names]
+                tables.append(pq.read_table(part, columns=columns))
+            except (pa.ArrowException, OSError) as error:
+                raise TableError(f"{part}: not a readable Parquet file (truncated or foreign?): {error}") from error
+        info = _info(tables[0], parts[0])
+        table = pa.concat_tables([part.replace_schema_metadata(None) for part in tables]).combine_chunks()
+        for name in table.column_names:
+            if table.column(name).null_count:
+                raise TableError(f"{source}: column {name!r} holds {table.column(name).null_count} empty cells")
+        try:
+            keys = _one(table.column("key").cast(pa.large_string()))
+            cluster = _one(table.column("cluster").cast(pa.int32())).to_numpy(zero_copy_only=False)
+            frequency = _one(table.column("frequency").cast(pa.float64())).to_numpy(zero_copy_only=False)
+            if "count" in table.column_names:
+                count = _one(table.column("count").cast(pa.int64())).to_numpy(zero_copy_only=False)
+            else:
+                count = np.ones(len(keys), np.int64)
+        except pa.ArrowException as error:
+            raise TableError(f"{source}: a column has the wrong type: {error}") from error
+        if pc.count_distinct(keys).as_py() != len(keys):
+            raise TableError(f"{source}: {len(keys) - pc.count_distinct(keys).as_py()} keys occur more than once")
+        kind = info.pop("kind", CAPTION)
+        loaded = cls(keys, cluster, frequency, count, kind, info, str(source))
+        stated = info.get("content_hash")
+        if stated is not None and len(parts) == 1 and stated != loaded.content_hash:
+            raise TableError(f"{source}: the content does not match its own hash; the file was changed or damaged")
+        return loaded
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """A column as a single contiguous array."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _info(table: pa.Table, part: Path) -> dict[str, Any]:
+    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if raw is None:
+        return {}
+    try:
+        info = json.loads(raw)
+        written = int(info["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TableError(f"{part}: the table's metadata cannot be read: {error}") from error
+    if written > _FORMAT:
+        raise TableError(f"{part}: written by a newer mmts-plugins (format {written}, this one reads {_FORMAT})")
+    return dict(info)

@@ -1,0 +1,153 @@
+"""The sub-command ``mmts demo``. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .._files import replacing
+from ..errors import MMTSError
+
+EXTRAS = "pip install 'mmts-plugins[openclip,cluster,report]'"
+NEEDED = ("open_clip", "open_clip_train", "sklearn", "pandas", "PIL", "tqdm", "matplotlib")
+MARKER = ".mmts-demo"
+FINISHED = "results.json"
+# All that a demo writes, and so all that --force removes: a file that somebody put beside it stays.
+WRITTEN = (FINISHED, "results.md", "report.html", "clusters.parquet", "data", "model", "runs",
+           "temperatures.png", "cluster_sizes.png", "accuracy.png")  # fmt: skip
+STEPS = 5
+
+MODEL = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "patch_size": 4, "layers": 3, "width": 64, "head_width": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "layers": 2, "width": 64, "heads": 4},
+    },
+    "preprocess_cfg": {"size": [32, 32]},
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register ``demo`` on the parsers of ``mmts``."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="train a small OpenCLIP model plain and with MM-TS, and compare them (2-3 minutes on two CPU cores)",
+        description="Train a small CLIP model with OpenCLIP's own trainer on scikit-learn's handwritten digits, made "
+        "long-tail, once plain and once with --loss mmts; compare both on a balanced held-out part; write tables, "
+        "plots and one page. Takes two to three minutes on two CPU cores and needs no network.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("mmts_demo"), help="folder to write (default: mmts_demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data and of both runs (default: 0)")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of each run (default: 40)")
+    parser.add_argument("--batch-size", type=int, default=64, help="batch size of each run (default: 64)")
+    parser.add_argument("--force", action="store_true", help="replace a finished demo in the folder")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; see ``mmts demo --help``."""
+    started = time.monotonic()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MMTSError(f"the demo needs {', '.join(missing)}: {EXTRAS}")
+    if args.epochs < 1 or args.batch_size < 2 or args.seed < 0:
+        raise MMTSError("--epochs must be at least 1, --batch-size at least 2, --seed at least 0")
+    folder = args.output.resolve()
+    prepare(folder, args.force)
+
+    from . import data, report
+    from .evaluate import evaluate
+    from .train import run_logged, shown, train
+
+    step(1, f"write long-tail handwritten digits to {args.output / 'data'}")
+    parts = data.write(folder, args.seed)
+    images = sum(map(len, parts.train.values()))
+    if args.batch_size > images:
+        raise MMTSError(f"--batch-size {args.batch_size} is more than the {images} training images")
+    (folder / "model").mkdir()
+    (folder / "model" / "open_clip_config.json").write_text(json.dumps(MODEL, indent=2) + "\n", encoding="utf-8")
+    print("  digit            " + "".join(f"{digit:>5}" for digit in parts.order))
+    print("  training images  " + "".join(f"{len(parts.train[digit]):>5}" for digit in parts.order))
+    print(f"  held-out images  {''.join(f'{len(parts.held_out[digit]):>5}' for digit in parts.order)}")
+
+    step(2, "make the cluster table")
+    cluster = [sys.executable, "-m", "mmts_plugins", "cluster", "data/train.tsv", "-o", "clusters.parquet"]
+    cluster += ["--column", data.CAPTION_KEY, "--label-column", data.LABEL_KEY]
+    print("  $ " + shown(cluster), flush=True)
+    run_logged(cluster, folder)
+
+    # Adam's settings are given because OpenCLIP guesses them from the letters "vit" in the model's name or path.
+    flags = ["--model", "local-dir:model", "--train-data", "data/train.tsv", "--dataset-type", "csv"]
+    flags += ["--batch-size", str(args.batch_size), "--lr", "1e-3", "--beta1", "0.9", "--beta2", "0.98"]
+    flags += ["--eps", "1e-6", "--wd", "0.1", "--warmup", "30", "--aug-cfg", "scale=(0.9, 1.0)"]
+    flags += ["--precision", "fp32", "--workers", "0", "--device", "cpu", "--seed", str(args.seed)]
+    flags += ["--save-frequency", "0", "--log-every-n-steps", "2"]
+    step(3, "train plain CLIP with OpenCLIP's trainer")
+    plain = train("plain", flags, folder, args.epochs)
+    step(4, "train the same with --loss mmts")
+    mmts = train("mmts", flags, folder, args.epochs, ["--loss", "mmts", "--mmts-clusters", "clusters.parquet"])
+
+    step(5, "compare on the balanced held-out images")
+    model = f"local-dir:{folder / 'model'}"
+    outcome = report.Outcome(
+        seed=args.seed,
+        epochs=args.epochs,
+        seconds=time.monotonic() - started,
+        split=parts,
+        plain=evaluate(model, plain.checkpoint, folder, parts),
+        mmts=evaluate(model, mmts.checkpoint, folder, parts),
+        plain_run=plain,
+        mmts_run=mmts,
+        cluster_command=shown(cluster),
+        versions=versions(),
+    )
+    report.write(folder, outcome)
+    with replacing(folder / FINISHED) as temporary:
+        temporary.write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
+    print("\n" + outcome.table() + "\n" + outcome.caveat())
+    print(f"\nRead {args.output / 'report.html'}; numbers: {args.output / FINISHED}, {args.output / 'results.md'}")
+    return 0
+
+
+def step(number: int, what: str) -> None:
+    """Announce a step."""
+    print(f"[{number}/{STEPS}] {what}", flush=True)
+
+
+def prepare(folder: Path, force: bool) -> None:
+    """Make the folder ready to write: new, empty, or with the remains of an earlier demo removed.
+
+    Raises:
+        MMTSError: something else is in the way, or a finished demo is and ``force`` is not given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MMTSError(f"{folder} is a file; choose another --output")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / MARKER).is_file():
+            raise MMTSError(f"{folder} is not empty and not the folder of a demo; choose another --output")
+        if (folder / FINISHED).exists() and not force:
+            raise MMTSError(f"{folder} holds a finished demo; replace it with --force or choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on."""
+    from .. import __version__
+
+    packages = ("open_clip_torch", "torch", "scikit-learn", "numpy")
+    return {"mmts-plugins": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}

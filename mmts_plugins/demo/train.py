@@ -1,0 +1,166 @@
+"""Run OpenCLIP's own trainer, and our own command line, as subprocesses with a progress bar."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from ..errors import MMTSError
+
+TRAINER = "open_clip_train.main"
+_TAIL_LINES = 25
+_LOG_LINE = re.compile(r"Train Epoch: (\d+) \[.*?\((\d+)%\)\].*?Logit Scale: ([\d.]+).* Loss: ([\d.naif-]+) \(")
+
+
+class Progress(NamedTuple):
+    """What one line of OpenCLIP's training log says."""
+
+    epochs: float
+    logit_scale: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A finished run of the trainer.
+
+    Attributes:
+        name: the run's name, a folder under ``logs``.
+        command: what was run, for a human to repeat.
+        folder: OpenCLIP's folder of the run.
+        checkpoint: the last one.
+        seconds: wall clock, start-up included.
+        progress: the log lines read on the way.
+    """
+
+    name: str
+    command: str
+    folder: Path
+    checkpoint: Path
+    seconds: float
+    progress: list[Progress]
+
+
+def parse_progress(line: str) -> Optional[Progress]:
+    """The progress that a line of OpenCLIP's log reports, or None for any other line."""
+    match = _LOG_LINE.search(line)
+    if match is None:
+        return None
+    epoch, percent, scale, loss = match.groups()
+    return Progress(int(epoch) + int(percent) / 100, float(scale), float(loss))
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as a human types it."""
+    return shlex.join(["python" if part == sys.executable else part for part in command])
+
+
+def run_logged(command: Sequence[str], folder: Path, on_line: Callable[[str], None] = lambda line: None) -> None:
+    """Run a command in ``folder`` and hand over its output, standard error included, line by line.
+
+    Raises:
+        MMTSError: it failed; the message ends with the last lines of its output.
+    """
+    # The child runs elsewhere: a checkout that is on our path only as "" (python -m, in the checkout) must stay on its.
+    package_parent = str(Path(__file__).resolve().parents[2])
+    path = [package_parent, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                tail.append(line.rstrip())
+                on_line(line)
+        except BaseException:
+            process.kill()  # Ctrl-C, or a fault of ours: never leave a trainer behind
+            raise
+    if process.returncode:
+        raise MMTSError(f"exit code {process.returncode} from: {shown(command)}\n" + "\n".join(tail))
+
+
+def train(
+    name: str,
+    flags: Sequence[str],
+    folder: Path,
+    epochs: int,
+    mmts_flags: Sequence[str] = (),
+    logs: str = "runs",
+) -> TrainingRun:
+    """Train with ``open_clip_train.main``, plain or with our flags, showing one progress bar.
+
+    Args:
+        name: name of the run and label of the bar.
+        flags: OpenCLIP's own flags, the same for every run that is to be compared.
+        folder: where the trainer runs; relative paths in flags and data are relative to it.
+        epochs: number of epochs.
+        mmts_flags: ``--loss mmts ...``; empty for a plain run.
+        logs: OpenCLIP's ``--logs``.
+
+    Raises:
+        MMTSError: the trainer failed, or ended without the checkpoint (or our config) that it should have written.
+    """
+    from tqdm import tqdm
+
+    # The launcher works however this package came onto the path; an installed one needs only `-m open_clip_train.main`.
+    module = ["-m", "mmts_plugins", "run", "-m", TRAINER] if mmts_flags else ["-m", TRAINER]
+    command = [sys.executable, *module, *flags, "--epochs", str(epochs), "--logs", logs, "--name", name, *mmts_flags]
+    progress: list[Progress] = []
+    started = time.monotonic()
+    with tqdm(
+        total=epochs,
+        desc=f"train {name}",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file wants few lines
+    ) as bar:
+
+        def on_line(line: str) -> None:
+            seen = parse_progress(line)
+            if seen is not None:
+                progress.append(seen)
+                bar.set_postfix_str(f"loss {seen.loss:.3f}", refresh=False)
+                bar.update(seen.epochs - bar.n)
+
+        run_logged(command, folder, on_line)
+    run = folder / logs / name
+    checkpoint = run / "checkpoints" / f"epoch_{epochs}.pt"
+    # OpenCLIP exits with 0 on some errors (a run of this name exists), and a lost flag would train plain CLIP.
+    for expected in (checkpoint, run / "checkpoints" / "mmts.yaml")[: 2 if mmts_flags else 1]:
+        if not expected.is_file():
+            raise MMTSError(f"the run ended without writing {expected}: {shown(command)}")
+    return TrainingRun(name, shown(command), run, checkpoint, time.monotonic() - started, progress)
+
+
+def load_model(
+    model: str, checkpoint: Path, device: str = "cpu", pretrained: Optional[str] = None
+) -> tuple[Any, Callable, Callable]:
+    """The trained model, its validation transform and its tokenizer.
+
+    Args:
+        model: what ``--model`` was.
+        checkpoint: written by the trainer.
+        device: where to put the model.
+        pretrained: what ``--pretrained`` was; it settles how images are normalised.
+    """
+    import open_clip
+
+    net, _, preprocess = open_clip.create_model_and_transforms(model, pretrained, load_weights=False, device=device)
+    open_clip.load_checkpoint(net, str(checkpoint))
+    return net, preprocess, open_clip.get_tokenizer(model)

@@ -1,0 +1,79 @@
+"""One training run of this process: the configuration, the shifts of its table, and where the schedule stands."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .clusters import ClusterTable, cluster_shift
+from .config import Config
+from .presets import MAX_MARGIN
+from .schedule import CosineSchedule
+
+
+class Runtime:
+    """``tau_i(t) = tau_base(t) + sh(c_i)``, Eq. 8, for samples given as indices into the table's frequencies.
+
+    Args:
+        config: of the run.
+        table: its cluster table; ``None`` under ``--mmts-no-shifts`` without one.
+        frequencies: ``[U]`` distinct frequencies that an index may mean; index ``U`` is a caption not in the table.
+        total_steps: optimizer steps of the whole run.
+        device: of the training step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        table: Optional[ClusterTable],
+        frequencies: np.ndarray,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.schedule = CosineSchedule(config.amplitude, config.period_steps(total_steps))
+        self.step = 0
+        self.missing = len(frequencies)
+        middle = (config.shift_min + config.shift_max) / 2
+        if table is None or config.no_shifts:
+            shifts = np.full(len(frequencies), middle)
+            self.mean_shift = self.head_shift = self.tail_shift = middle
+        else:
+            # Minimum and maximum over the whole table (Eq. 6), also over keys that a tokenizer merged away.
+            span = np.array([table.frequency.min(), table.frequency.max()])
+            shifts = cluster_shift(np.concatenate([frequencies, span]), config.shift_min, config.shift_max)[:-2]
+            per_key = table.shifts(config.shift_min, config.shift_max)
+            self.mean_shift = float(np.average(per_key, weights=table.count))
+            self.head_shift, _, self.tail_shift = table.third_means(per_key)
+        absent = self.mean_shift if config.missing == "mean" or config.no_shifts else config.shift_min
+        # float64, so that the sum of Eq. 8 is exact to the loss's own precision; MPS knows no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._shifts = torch.tensor([*shifts, absent], dtype=dtype, device=device)
+
+    @property
+    def base(self) -> float:
+        """``tau_base`` at the current step, Eq. 7."""
+        return self.schedule.offset(self.step)
+
+    @property
+    def mean_temperature(self) -> float:
+        """What an average training sample gets at this step; the same on every rank."""
+        return self.base + self.mean_shift
+
+    def shift(self, index: Tensor) -> Tensor:
+        """``[n]`` indices to ``[n]`` shifts ``sh(c_i)``; plus :attr:`base` they are the temperatures, Eq. 8."""
+        return self._shifts[index]
+
+    def describe(self) -> str:
+        """The banner: what runs, in one line."""
+        config = self.config
+        what = "margin" if config.loss == MAX_MARGIN else "temperature"
+        steps = f"{self.total_steps} steps, period {self.schedule.period:g}"
+        shifts = "no shifts" if config.no_shifts else f"shifts {config.shift_min:g} to {config.shift_max:g}"
+        schedule = "no schedule" if config.no_schedule else f"alpha {config.alpha:g} over {steps}"
+        lowest, highest = self.mean_shift - self.schedule.alpha / 2, self.mean_shift + self.schedule.alpha / 2
+        return f"{config.loss}: {schedule}; {shifts}; mean {what} {lowest:.4g} to {highest:.4g}"

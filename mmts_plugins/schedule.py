@@ -1,0 +1,40 @@
+"""The base temperature, Eq. 7 of the paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """``tau_base(t) = alpha * cos(2 pi t / T) / 2`` (Eq. 7), the part of the temperature that all samples share.
+
+    Args:
+        alpha: peak-to-peak amplitude, in units of temperature (or margin). Zero switches the schedule off.
+        period: T, in optimizer steps; need not be whole.
+
+    Raises:
+        ConfigError: ``alpha`` is negative, ``period`` is not positive, or either is not finite.
+    """
+
+    alpha: float
+    period: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ConfigError(f"alpha is {self.alpha}: it must be a finite number, zero or above (--mmts-alpha)")
+        if not (math.isfinite(self.period) and self.period > 0):
+            raise ConfigError(
+                f"the period is {self.period} steps: it must be above zero (--mmts-period, --mmts-num-oscillations)"
+            )
+
+    def offset(self, step: float) -> float:
+        """``tau_base`` at an optimizer step (zero-based); in ``[-alpha/2, alpha/2]``."""
+        return self.alpha * math.cos(2.0 * math.pi * (step / self.period)) / 2.0
+
+    def phase(self, step: float) -> float:
+        """Position inside the current period, in ``[0, 1)``."""
+        return (step / self.period) % 1.0

@@ -1,0 +1,1 @@
+"""Each host's seams: where we cut in, what we rely on, and how to take it out again. No maths."""

@@ -1,0 +1,177 @@
+"""A seam, and installing a host's table of them.
+
+A seam is a function of a host that we replace right after its module is imported, before other modules bind it. The
+replacement calls the original wherever the run does not ask for us.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from .. import _hooks
+from ..errors import SeamError
+
+logger = logging.getLogger(__name__)
+
+Wrapper = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One function of a host.
+
+    Attributes:
+        module, attribute: where it is *defined* (not where it is re-exported).
+        parameters: names that must be among its parameters; what our wrapper relies on.
+        wrapper: ``wrapper(original, *args, **kwargs)``, called instead of it.
+        required: whether a host without this attribute is one we do not know. ``False`` where host versions differ.
+    """
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...]
+    wrapper: Wrapper
+    required: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+
+@dataclass
+class Host:
+    """A trainer and its seams.
+
+    Attributes:
+        name: as users write it.
+        distribution: the name under which it is installed.
+        versions: the range of versions that these seams were run on, for messages.
+        seams: in no particular order; each is installed on its own.
+        start_modules: what ``python -m`` or a launcher is given to start this host.
+    """
+
+    name: str
+    distribution: str
+    versions: str
+    seams: Sequence[Seam]
+    start_modules: tuple[str, ...]
+    _hooks: dict[Seam, Callable[[ModuleType], None]] = field(default_factory=dict)
+
+    def version(self) -> str:
+        """The installed version; ``"not installed"`` where there is none."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    def install(self) -> None:
+        """Arm every seam. Idempotent; modules imported already are patched at once.
+
+        Raises:
+            SeamError: a module is there and its seam is not what we know, or others hold the original already.
+        """
+        for seam in self.seams:
+            if seam not in self._hooks:
+                hook = self._hook(seam)
+                _hooks.after_import(seam.module, hook)
+                self._hooks[seam] = hook
+
+    def uninstall(self) -> None:
+        """Put the originals back. What another tool has wrapped since stays, and passes everything through."""
+        for seam, hook in list(self._hooks.items()):
+            _hooks.remove(seam.module, hook)
+            del self._hooks[seam]
+            module = sys.modules.get(seam.module)
+            current = getattr(module, seam.attribute, None)
+            patched = getattr(current, "_mmts_seam", None) == str(seam)
+            if patched:
+                setattr(module, seam.attribute, current.__wrapped__)  # type: ignore[union-attr]
+            elif current is not None and _wrapped_inside(current, str(seam)):
+                logger.warning("MM-TS: %s was wrapped by another tool after us; switched off in place", seam)
+
+    def status(self, seam: Seam) -> str:
+        """One of ``installed``, ``armed`` (module not imported yet), ``absent``, ``not armed``."""
+        module = sys.modules.get(seam.module)
+        if module is None:
+            return "armed" if seam in self._hooks else "not armed"
+        current = getattr(module, seam.attribute, None)
+        if current is None:
+            return "absent"
+        return "installed" if _wrapped_inside(current, str(seam)) else "not armed"
+
+    def check(self, seam: Seam, module: ModuleType) -> Any:
+        """The seam's original.
+
+        Raises:
+            SeamError: it is missing or lacks a parameter; the message names host, version and seam.
+        """
+        original = getattr(module, seam.attribute, None)
+        if original is None:
+            if not seam.required:
+                return None
+            raise SeamError(
+                f"{self.name} {self.version()}: {seam} is gone; this mmts-plugins knows {self.distribution} "
+                f"{self.versions}. Train without --loss mmts, or install a version it knows"
+            )
+        known = inspect.signature(original).parameters
+        lacking = [name for name in seam.parameters if name not in known]
+        if lacking:
+            raise SeamError(
+                f"{self.name} {self.version()}: {seam} has changed: no parameter {lacking[0]!r} in "
+                f"({', '.join(known)}); this mmts-plugins knows {self.distribution} {self.versions}"
+            )
+        return original
+
+    def _hook(self, seam: Seam) -> Callable[[ModuleType], None]:
+        def hook(module: ModuleType) -> None:
+            current = getattr(module, seam.attribute, None)
+            if current is not None and _wrapped_inside(current, str(seam)):
+                return
+            original = self.check(seam, module)
+            if original is None:
+                return
+            setattr(module, seam.attribute, self._replacement(seam, original))
+            holders = _holders(original, seam.attribute)
+            if holders:
+                setattr(module, seam.attribute, original)
+                raise SeamError(
+                    f"{self.name}: {', '.join(holders)} imported {seam} before mmts_plugins was installed; call "
+                    "mmts_plugins.install() before importing the host"
+                )
+            logger.debug("MM-TS: patched %s", seam)
+
+        return hook
+
+    def _replacement(self, seam: Seam, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if seam not in self._hooks:  # uninstalled, but somebody still holds us
+                return original(*args, **kwargs)
+            return seam.wrapper(original, *args, **kwargs)
+
+        replacement._mmts_seam = str(seam)  # type: ignore[attr-defined]
+        return replacement
+
+
+def _wrapped_inside(function: Any, marker: str) -> bool:
+    while function is not None:
+        if getattr(function, "_mmts_seam", None) == marker:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _holders(original: Any, attribute: str) -> list[str]:
+    """Modules that bound the original under its own name before we replaced it."""
+    return sorted(
+        name
+        for name, module in list(sys.modules.items())
+        if isinstance(module, ModuleType) and vars(module).get(attribute) is original
+    )

@@ -1,0 +1,184 @@
+"""OpenCLIP's seams. Four functions, each replaced where it is defined; everything else of the host stays as it is.
+
+* ``open_clip_train.params.parse_args`` takes our flags out before OpenCLIP's parser can abbreviate them.
+* ``open_clip_train.data.get_data`` has the tokenizer, the length of the run and the epoch a resume starts at.
+* ``open_clip.factory.create_loss`` (3.x) or ``create_task`` (4.x) makes the loss.
+* ``open_clip_train.train.train_one_epoch`` holds the model, the scheduler and the loggers of an epoch.
+
+Not patched: models, data loaders, optimizers, checkpoints, evaluation.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Optional
+
+from ..config import LOSSES, flag_parser, split_flags
+from ..errors import ConfigError
+from ..registry import hookimpl
+from ._target import Host, Seam
+
+if TYPE_CHECKING:
+    from ..adapters.openclip import Run
+
+# What 3.x itself calls --loss-dist-impl; its parser takes --loss as an abbreviation of that.
+_HOST_LOSS_VALUES = ("bidir", "shift", "reduce", "gather")
+
+_run: Optional[Run] = None
+
+
+def _parse_args(original: Callable[..., Any], args: Any) -> Any:
+    global _run
+    _run = None
+    flags, rest = split_flags(args)
+    for argument in rest:
+        if argument == "--los" or argument.startswith("--los="):
+            raise ConfigError("--los is ambiguous: write --loss for MM-TS, or --loss-dist-impl for OpenCLIP's own")
+    if "-h" in rest or "--help" in rest:
+        try:
+            return original(rest)
+        finally:
+            print("\n" + flag_parser().format_help())
+    if not flags or (set(flags) == {"loss"} and flags["loss"] in _HOST_LOSS_VALUES):
+        return original(args)
+    if flags.get("loss") is not None and flags["loss"] not in LOSSES:
+        raise ConfigError(
+            f"unknown --loss {flags['loss']!r}; choose from {', '.join(LOSSES)} "
+            "(OpenCLIP's own flag is spelt --loss-dist-impl)"
+        )
+    parsed = original(rest)
+    from ..adapters.openclip import Run
+
+    _run = Run(flags, parsed)
+    _run.host_version = HOST.version()
+    return parsed
+
+
+def _get_data(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    data = original(*args, **kwargs)
+    if _run is not None and "train" in data:
+        given = inspect.signature(original).bind(*args, **kwargs)
+        given.apply_defaults()
+        _run.prepare(given.arguments["args"], data, given.arguments["tokenizer"], given.arguments["epoch"])
+    return data
+
+
+def _create_loss(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    loss = original(*args, **kwargs)
+    return loss if _run is None else _run.wrap_loss(loss)
+
+
+def _create_task(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    task = original(*args, **kwargs)
+    if _run is not None:
+        task.loss = _run.wrap_loss(task.loss, watched=False)
+    return task
+
+
+def _train_one_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _run is None:
+        return original(*args, **kwargs)
+    given = inspect.signature(original).bind(*args, **kwargs)
+    given.apply_defaults()
+    steps = _task_steps if "state" in given.arguments else _model_steps
+    with steps(_run, given.arguments):
+        return original(*given.args, **given.kwargs)
+
+
+@contextmanager
+def _model_steps(run: Run, arguments: dict[str, Any]) -> Iterator[None]:
+    """3.x: the model's output is tagged on the outermost module, outside DDP and the compiled graph."""
+    log = functools.partial(_log, arguments["args"], arguments["tb_writer"])
+    run.begin_epoch(
+        arguments["model"], arguments["loss"], arguments["epoch"], arguments["data"], arguments["args"], log
+    )
+    arguments["scheduler"] = _telling(run, arguments["scheduler"])
+    hooks = (
+        arguments["model"].register_forward_pre_hook(run.batch_starts),
+        arguments["model"].register_forward_hook(run.tag, with_kwargs=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _task_steps(run: Run, arguments: dict[str, Any]) -> Iterator[None]:
+    """4.x: the task may be compiled whole, so temperatures are set on the loss where the batch is prepared."""
+    state = arguments["state"]
+    task, scheduler, prepare_batch = state.task, state.scheduler, state.task.prepare_batch
+    compute_accum_loss = task.compute_accum_loss
+    log = functools.partial(_log, arguments["args"], arguments["tb_writer"])
+    run.begin_epoch(task.trainable_module, task.loss, state.epoch, arguments["data"], arguments["args"], log)
+    group: list[Any] = []
+
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        run.batch_starts()
+        batch = prepare_batch(*args, **kwargs)
+        group.append(run.temperatures(batch["text"]))
+        task.loss.temperature = group[-1]
+        run.batch_done()
+        return batch
+
+    def accumulated(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        task.loss.temperature = torch.cat(group[-arguments["args"].accum_freq :])
+        return compute_accum_loss(*args, **kwargs)
+
+    task.prepare_batch, task.compute_accum_loss = prepare, accumulated
+    state.scheduler = _telling(run, scheduler)
+    try:
+        yield
+    finally:
+        del task.prepare_batch, task.compute_accum_loss
+        state.scheduler = scheduler
+
+
+def _telling(run: Run, scheduler: Optional[Callable[[int], Any]]) -> Optional[Callable[[int], Any]]:
+    """The host calls its scheduler with the exact global step before each step, also after a resume."""
+    if scheduler is None:
+        return None
+
+    def adjust(step: int) -> Any:
+        run.set_step(step)
+        return scheduler(step)
+
+    return adjust
+
+
+def _log(args: Any, writer: Any, values: dict[str, float], step: int) -> None:
+    """To the loggers that the host writes to. Its own values of the same step follow, in the same W&B row."""
+    if writer is not None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+    if getattr(args, "wandb", False):
+        sys.modules["wandb"].log(values, step=step, commit=False)
+    if getattr(args, "trackio", False):
+        sys.modules["trackio"].log(values, step=step)
+
+
+HOST = Host(
+    name="OpenCLIP",
+    distribution="open_clip_torch",
+    versions="3.3 (and main, 4.x)",
+    seams=(
+        Seam("open_clip_train.params", "parse_args", ("args",), _parse_args),
+        Seam("open_clip_train.data", "get_data", ("args", "epoch", "tokenizer"), _get_data),
+        Seam("open_clip.factory", "create_loss", ("args",), _create_loss),
+        Seam("open_clip.factory", "create_task", ("args", "model"), _create_task, required=False),
+        Seam("open_clip_train.train", "train_one_epoch", ("data", "args", "tb_writer"), _train_one_epoch),
+    ),
+    start_modules=("open_clip_train.main",),
+)
+
+
+@hookimpl
+def mmts_host() -> Host:
+    return HOST

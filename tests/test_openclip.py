@@ -1,0 +1,456 @@
+"""The real OpenCLIP trainer, run in this process: every step's loss against one computed apart."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import reference
+import torch
+from conftest import CAPTIONS, openclip_flags, write_model
+
+pytest.importorskip("open_clip_train", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
+
+import yaml
+from open_clip_train.main import main
+
+from mmts_plugins.adapters.openclip import Run, ScheduledLoss
+from mmts_plugins.errors import ConfigError, MMTSError, SeamError, TableError
+
+ALPHA, LOW, HIGH, OSCILLATIONS = 0.04, 0.05, 0.10, 5  # clip-cc3m, the default
+
+
+class Recorder:
+    """What went into and came out of the loss at every call, with the step and the tokens of the batch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self._tokens: list[tuple[int, torch.Tensor]] = []
+        forward, temperatures = ScheduledLoss.forward, Run.temperatures
+
+        def recording_temperatures(run: Run, tokens: torch.Tensor) -> torch.Tensor:
+            result = temperatures(run, tokens)
+            if torch.is_grad_enabled():
+                self._tokens.append((run.runtime.step, tokens))
+                self.scale = run._scale
+            return result
+
+        def recording_forward(loss: ScheduledLoss, image_features, text_features, logit_scale, **kwargs):
+            out = forward(loss, image_features, text_features, logit_scale, **kwargs)
+            value = out["contrastive_loss"] if isinstance(out, dict) else out
+            self.calls.append(
+                {
+                    "image": image_features.detach().double(),
+                    "text": text_features.detach().double(),
+                    "scale": float(logit_scale),
+                    "loss": float(value),
+                    "out": out,
+                    "tokens": self._tokens[-1][1],
+                    "step": self._tokens[-1][0],
+                }
+            )
+            return out
+
+        monkeypatch.setattr(Run, "temperatures", recording_temperatures)
+        monkeypatch.setattr(ScheduledLoss, "forward", recording_forward)
+
+    @property
+    def losses(self) -> list[float]:
+        return [call["loss"] for call in self.calls]
+
+    @property
+    def steps(self) -> list[int]:
+        return [call["step"] for call in self.calls]
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def frequencies_of(tokens: torch.Tensor, tokenizer, table: Path) -> list[float]:
+    rows = pq.read_table(table).to_pylist()
+    by_tokens = {tuple(tokenizer([row["key"]])[0].tolist()): row["frequency"] for row in rows}
+    return [by_tokens[tuple(row.tolist())] for row in tokens]
+
+
+def check_steps(recorder: Recorder, model: str, table: Path, total: int, tolerance: float = 1e-6, weight: float = 1.0):
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(model)
+    everything = pq.read_table(table)["frequency"].to_pylist()
+    for call in recorder.calls:
+        tau = reference.temperature(
+            frequencies_of(call["tokens"], tokenizer, table), everything, ALPHA, LOW, HIGH, call["step"], total / OSCILLATIONS
+        )
+        expected = weight * reference.info_nce(call["image"], call["text"], torch.from_numpy(tau))
+        assert call["loss"] == pytest.approx(float(expected), abs=tolerance)
+
+
+def flags(model, data, logs, **changes) -> list[str]:
+    given = {"train_data": data.csv, "dataset_type": "csv", "loss": "mmts", "mmts_clusters": data.table, **changes}
+    return openclip_flags(model, logs, **given)
+
+
+def test_every_step_equals_the_reference(small_model, data, tmp_path, recorder, caplog):
+    with caplog.at_level("INFO"):
+        main(flags(small_model, data, tmp_path, report_to="tensorboard"))
+    assert recorder.steps == list(range(12))
+    check_steps(recorder, small_model, data.table, total=12)
+    assert len(set(recorder.losses)) == 12
+    text = caplog.text
+    assert text.count("MM-TS step ") == 12
+    assert "alpha 0.04 over 12 steps, period 2.4" in text
+    # OpenCLIP's own line shows the true, calibrated scale.
+    frequency = pq.read_table(data.table).to_pandas()
+    shift = LOW + (frequency.frequency - frequency.frequency.min()) / np.ptp(frequency.frequency) * (HIGH - LOW)
+    mean = np.average(shift, weights=frequency["count"])
+    assert f"Logit Scale: {1 / (mean + ALPHA / 2):.3f}" in text
+    assert recorder.calls[0]["scale"] == pytest.approx(1 / (mean + ALPHA / 2), rel=1e-6)
+    saved = yaml.safe_load((tmp_path / "run/checkpoints/mmts.yaml").read_text())
+    assert saved["loss"] == "mmts-infonce"
+    assert saved["period"] == 2.4
+    assert saved["host_version"].startswith("3.")
+    checkpoint = torch.load(tmp_path / "run/checkpoints/epoch_2.pt", weights_only=True)
+    last_base = ALPHA / 2 * np.cos(2 * np.pi * 11 / 2.4)
+    assert checkpoint["state_dict"]["logit_scale"].item() == pytest.approx(-np.log(mean + last_base), abs=1e-5)
+    assert "loss: mmts-infonce" in (tmp_path / "run/params.txt").read_text()
+
+
+def test_tensorboard_gets_every_value_at_the_hosts_interval(small_model, data, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main(flags(small_model, data, tmp_path, report_to="tensorboard", log_every_n_steps=4))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    names = {name.rsplit("/", 1)[1] for name in events.Tags()["scalars"] if name.startswith("train/mmts/")}
+    assert names == {"tau_base", "tau_mean", "tau_min", "tau_max", "tau_head", "tau_tail", "hit_rate", "phase"}
+    ours = [event.step for event in events.Scalars("train/mmts/tau_base")]
+    assert ours == [event.step for event in events.Scalars("train/scale")] == [0, 4, 5, 6, 10, 11]
+    base = [event.value for event in events.Scalars("train/mmts/tau_base")]
+    assert base == pytest.approx([ALPHA / 2 * np.cos(2 * np.pi * step / 2.4) for step in ours], abs=1e-6)
+    assert {event.value for event in events.Scalars("train/mmts/hit_rate")} == {1.0}
+    for step, mean, low, high in zip(
+        ours, *([e.value for e in events.Scalars(f"train/mmts/tau_{name}")] for name in ("mean", "min", "max"))
+    ):
+        assert low <= mean <= high, step
+
+
+def test_wandb_rows_hold_ours_and_the_hosts(small_model, data, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    rows: dict[int, dict[str, float]] = {}
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(wandb, "log", lambda values, step, commit=None: rows.setdefault(step, {}).update(values))
+    main(flags(small_model, data, tmp_path, report_to="wandb", log_every_n_steps=3))
+    assert sorted(rows) == [0, 3, 5, 6, 9, 11]
+    assert all("train/mmts/tau_mean" in row and "train/loss" in row for row in rows.values())
+
+
+OPTIONS = {
+    "const": {"lr_scheduler": "const"},
+    "const-cooldown": {"lr_scheduler": "const-cooldown", "epochs_cooldown": 1},
+    "skip-scheduler": {"skip_scheduler": True},
+    "grad-checkpointing": {"grad_checkpointing": True},
+    "lock-image": {"lock_image": True},
+    "torchscript": {"torchscript": True},
+    "timm-optimizer": {"opt": "timm/adamw"},
+    "workers": {"workers": 2},
+    "grad-clip": {"grad_clip_norm": 1.0},
+    "context-length": {"force_context_length": 10},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_host_options(options, small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, **options))
+    assert recorder.steps == list(range(12))
+    if "force_context_length" not in options:
+        check_steps(recorder, small_model, data.table, total=12)
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16", "pure_bf16"])
+def test_half_precision_features_full_precision_loss(precision, small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, precision=precision, epochs=1))
+    check_steps(recorder, small_model, data.table, total=6, tolerance=2e-6)
+
+
+def test_torch_compile(small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, torchcompile=True))
+    assert recorder.steps == list(range(12))
+    check_steps(recorder, small_model, data.table, total=12)
+
+
+@pytest.mark.parametrize("scheduler", [{}, {"skip_scheduler": True}], ids=["scheduler", "skip-scheduler"])
+def test_accumulation_equals_the_full_batch(scheduler, small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, name="full", batch_size=16, **scheduler))
+    full = list(recorder.calls)
+    recorder.calls.clear()
+    main(flags(small_model, data, tmp_path, name="accumulated", accum_freq=2, **scheduler))
+    assert [call["step"] for call in full] == [0, 1, 2, 3, 4, 5]
+    assert recorder.steps == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    for number, call in enumerate(recorder.calls):
+        assert call["loss"] == pytest.approx(full[number // 2]["loss"], abs=2e-4 if number > 1 else 1e-6)
+
+
+def test_synthetic_data(small_model, data, tmp_path, recorder):
+    from mmts_plugins.clusters import ClusterTable
+
+    table = tmp_path / "dummy.parquet"
+    ClusterTable.build(["Dummy caption", "never seen"], [0, 1], [7, 3], [7, 3]).save(table)
+    main(flags(small_model, data, tmp_path, dataset_type="synthetic", train_data=None, train_num_samples=64, mmts_clusters=table))
+    assert recorder.steps == list(range(16))
+    check_steps(recorder, small_model, table, total=16)
+
+
+def test_webdataset(small_model, data, tmp_path, recorder):
+    with tarfile.open(tmp_path / "shard-0000.tar", "w") as tar:
+        for number, line in enumerate(data.csv.read_text().splitlines()[1:]):
+            image, caption = line.split("\t")
+            tar.add(image, f"{number:04}.png")
+            text = tmp_path / "caption"
+            text.write_text(caption)
+            tar.add(text, f"{number:04}.txt")
+    shards = str(tmp_path / "shard-0000.tar")
+    main(flags(small_model, data, tmp_path, dataset_type="webdataset", train_data=shards, train_num_samples=48))
+    assert recorder.steps == list(range(12))
+    check_steps(recorder, small_model, data.table, total=12)
+
+
+MODELS = {
+    "resnet": {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
+    "timm": {"vision_cfg": {"timm_model_name": "resnet10t", "timm_model_pretrained": False, "timm_pool": "avg", "image_size": 32}},
+    "logit-bias": {"init_logit_bias": -1.0},
+    "nonscalar-scale": {"nonscalar_logit_scale": True},
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_models(changes, data, tmp_path, recorder):
+    model = write_model(tmp_path / "model", **changes)
+    main(flags(model, data, tmp_path, epochs=1))
+    check_steps(recorder, model, data.table, total=6)
+
+
+def test_hugging_face_text_tower_with_its_own_tokenizer(data, tmp_path, recorder):
+    transformers = pytest.importorskip("transformers")
+    tower = tmp_path / "bert"
+    words = sorted({word.lower() for caption in CAPTIONS for word in caption.replace("!", " ! ").split()})
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    transformers.BertTokenizerFast(str(vocabulary)).save_pretrained(tower)
+    config = transformers.BertConfig(
+        vocab_size=5 + len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tower)
+    text = {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower), "hf_model_pretrained": False, "context_length": 12}
+    model = write_model(tmp_path / "model", text_cfg={**text, "proj_type": "mlp", "pooler_type": "mean_pooler"})
+    main(flags(model, data, tmp_path, epochs=1))
+    assert recorder.steps == list(range(6))
+    check_steps(recorder, model, data.table, total=6)
+
+
+def test_coca_keeps_its_caption_loss(data, tmp_path, recorder):
+    multimodal = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "mlp_ratio": 2}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "embed_cls": True, "output_tokens": True}
+    vision = {
+        "image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8,
+        "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True,
+    }  # fmt: skip
+    model = write_model(tmp_path / "coca", multimodal_cfg=multimodal, text_cfg=text, vision_cfg=vision, custom_text=True)
+    main(flags(model, data, tmp_path, epochs=1, coca_contrastive_loss_weight=0.5))
+    check_steps(recorder, model, data.table, total=6, weight=0.5)
+    caption = [float(call["out"]["caption_loss"]) for call in recorder.calls]
+    assert min(caption) > 1
+
+
+def test_max_margin(small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, loss="mmts-max-margin", epochs=1))
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(small_model)
+    everything = pq.read_table(data.table)["frequency"].to_pylist()
+    for call in recorder.calls:
+        frequency = frequencies_of(call["tokens"], tokenizer, data.table)
+        margin = reference.temperature(frequency, everything, 0.20, 0.17, 0.30, call["step"], 6 / 5)
+        expected = reference.max_margin(call["image"], call["text"], torch.from_numpy(margin))
+        assert call["loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_ablations(small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, mmts_no_shifts=True, mmts_no_schedule=True, mmts_clusters=None, epochs=1))
+    for call in recorder.calls:
+        tau = torch.full((8,), (LOW + HIGH) / 2, dtype=torch.float64)
+        assert call["loss"] == pytest.approx(float(reference.info_nce(call["image"], call["text"], tau)), abs=1e-6)
+
+
+def interrupt_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Run.begin_epoch
+
+    def interrupted(run, model, loss, number, *rest):
+        if number == epoch:
+            raise KeyboardInterrupt
+        return begin(run, model, loss, number, *rest)
+
+    monkeypatch.setattr(Run, "begin_epoch", interrupted)
+
+
+def test_resume_goes_on_with_the_schedule(small_model, data, tmp_path, recorder, monkeypatch):
+    arguments = flags(small_model, data, tmp_path, save_most_recent=True)
+    with monkeypatch.context() as patch:
+        interrupt_before(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    main([*arguments, "--resume", "latest"])
+    assert recorder.steps == list(range(12))
+    check_steps(recorder, small_model, data.table, total=12)
+
+
+def test_resume_with_other_settings_is_refused(small_model, data, tmp_path, caplog):
+    main(flags(small_model, data, tmp_path, epochs=1))
+    again = {"resume": "latest", "epochs": 2}
+    with pytest.raises(ConfigError, match=r"period was 1\.2 and is 2\.4.*--mmts-allow-config-change"):
+        main(flags(small_model, data, tmp_path, **again))
+    fixed = {**again, "mmts_period": 1.2}
+    with pytest.raises(ConfigError, match=r"alpha was 0\.04 and is 0\.06"):
+        main(flags(small_model, data, tmp_path, mmts_alpha=0.06, **fixed))
+    main(flags(small_model, data, tmp_path, mmts_alpha=0.06, mmts_allow_config_change=True, **fixed))
+    assert yaml.safe_load((tmp_path / "run/checkpoints/mmts.yaml").read_text())["alpha"] == 0.06
+
+
+def test_resuming_a_plain_run_is_refused(small_model, data, tmp_path):
+    main(flags(small_model, data, tmp_path, epochs=1, loss=None, mmts_clusters=None))
+    with pytest.raises(ConfigError, match=r"mmts\.yaml does not exist: the checkpoint was not trained with MM-TS"):
+        main(flags(small_model, data, tmp_path, resume="latest"))
+
+
+def test_saved_config_reproduces_the_run(small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, name="one", mmts_preset="vast-clip", mmts_num_oscillations=2))
+    first, recorder.calls = recorder.calls, []
+    saved = tmp_path / "one/checkpoints/mmts.yaml"
+    main(flags(small_model, data, tmp_path, name="two", loss=None, mmts_clusters=None, mmts_config=saved))
+    assert recorder.losses == [call["loss"] for call in first]
+
+
+REFUSED = {
+    "siglip": ({"siglip": True}, "--siglip"),
+    "distill": ({"distill_model": "RN50", "distill_pretrained": "openai"}, "--distill-model"),
+    "typo": ({"mmts_alhpa": 0.1}, r"unknown flag --mmts-alhpa; did you mean --mmts-alpha\?"),
+    "unknown loss": ({"loss": "mmst"}, "unknown --loss 'mmst'"),
+    "no table": ({"mmts_clusters": None}, "--mmts-clusters FILE"),
+    "missing table": ({"mmts_clusters": "nowhere.parquet"}, r"nowhere\.parquet: no such cluster table"),
+    "preset": ({"mmts_preset": "clip-cc12m"}, "unknown --mmts-preset 'clip-cc12m'"),
+    "temperature": ({"mmts_alpha": 0.1}, "must stay above zero"),
+    "order": ({"mmts_shift_min": 0.3}, "is above --mmts-shift-max"),
+    "both periods": ({"mmts_period": 3, "mmts_num_oscillations": 2}, "not both"),
+    "not a number": ({"mmts_alpha": "high"}, "--mmts-alpha: invalid float value: 'high'"),
+    "only our flags": ({"loss": None}, "not --loss"),
+    "no step": ({"batch_size": 64}, "no optimizer step"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_one_error_before_training(changes, message, small_model, data, tmp_path):
+    with pytest.raises(MMTSError, match=message):
+        main(flags(small_model, data, tmp_path, **changes))
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("mmts.yaml"))
+
+
+def test_abbreviation_is_refused(small_model, data, tmp_path):
+    with pytest.raises(ConfigError, match="write --loss"):
+        main([*openclip_flags(small_model, tmp_path, train_data=data.csv), "--los", "mmts"])
+
+
+def test_tables_that_do_not_fit(small_model, data, tmp_path):
+    from mmts_plugins.clusters import ClusterTable
+
+    truncated = tmp_path / "truncated.parquet"
+    truncated.write_bytes(data.table.read_bytes()[:-20])
+    foreign = tmp_path / "foreign.parquet"
+    pq.write_table(pq.read_table(data.table).rename_columns(["caption", "cluster", "frequency", "count"]), foreign)
+    classes = tmp_path / "classes.parquet"
+    ClusterTable.build(["3", "5"], [0, 1], [10, 20], [10, 20], kind="class").save(classes)
+    others = tmp_path / "others.parquet"
+    ClusterTable.build(["nothing", "of this"], [0, 1], [10, 20]).save(others)
+    for table, message in (
+        (truncated, "truncated.parquet: not a readable Parquet file"),
+        (foreign, "foreign.parquet: not a cluster table: column 'key' is missing"),
+        (classes, "classes.parquet: a table of class ids"),
+        (others, r"8 of the first 8 training captions are not in .*others.parquet \(0% found\), for example 'a photo of"),
+    ):
+        with pytest.raises(TableError, match=message):
+            main(flags(small_model, data, tmp_path / table.stem, mmts_clusters=table))
+
+
+def partial_table(tmp_path: Path, without: int) -> Path:
+    from mmts_plugins.clusters import ClusterTable
+
+    kept = [i for i in range(len(CAPTIONS)) if i not in range(without)]
+    table = tmp_path / "partial.parquet"
+    ClusterTable.build([CAPTIONS[i] for i in kept], range(len(kept)), [5 * i + 1 for i in kept]).save(table)
+    return table
+
+
+def test_missing_captions_get_the_chosen_shift_and_a_warning(small_model, data, tmp_path, recorder, caplog):
+    table = partial_table(tmp_path, without=1)  # 14 of 48 samples
+    main(flags(small_model, data, tmp_path, mmts_clusters=table, mmts_no_schedule=True))
+    assert "training captions are not in" in caplog.text
+    assert "they get the tail shift" in caplog.text
+    assert "hits 70.8%" in caplog.text
+    with pytest.raises(TableError, match="--mmts-missing error"):
+        main(flags(small_model, data, tmp_path, name="e", mmts_clusters=table, mmts_missing="error"))
+
+
+def test_too_few_hits_stop_the_run(small_model, data, tmp_path):
+    table = partial_table(tmp_path, without=3)  # 33 of 48 samples
+    with pytest.raises(TableError, match=r"partial\.parquet \(\d+% found\), for example 'a photo of"):
+        main(flags(small_model, data, tmp_path, mmts_clusters=table))
+
+
+def test_a_step_without_our_loss_stops(small_model, data, tmp_path, monkeypatch):
+    import open_clip_train.main
+
+    monkeypatch.setattr(open_clip_train.main, "create_loss", open_clip_train.main.create_loss.__wrapped__)
+    with pytest.raises(SeamError, match=r"open_clip_torch 3\..*training starts without the MM-TS loss \(found ClipLoss\)"):
+        main(flags(small_model, data, tmp_path))
+
+
+def test_without_our_flag_nothing_changes(small_model, data, tmp_path):
+    """Patched but not asked: parameters, optimizer state and losses to the bit. Installed or not: see test_startup."""
+    import mmts_plugins
+    import open_clip_train.main as host
+
+    arguments = {"loss": None, "mmts_clusters": None}
+    main(flags(small_model, data, tmp_path, name="patched", **arguments))
+    originals = {}
+    for name in ("create_loss", "parse_args", "get_data", "train_one_epoch"):
+        originals[name] = getattr(host, name)
+        setattr(host, name, originals[name].__wrapped__)
+    try:
+        main(flags(small_model, data, tmp_path, name="original", **arguments))
+    finally:
+        for name, value in originals.items():
+            setattr(host, name, value)
+    assert mmts_plugins.__version__
+    a, b = (torch.load(tmp_path / name / "checkpoints/epoch_2.pt", weights_only=True) for name in ("patched", "original"))
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
+    assert str(a["optimizer"]) == str(b["optimizer"])
+
+
+def test_abbreviated_loss_dist_impl_still_means_the_hosts(tmp_path):
+    from open_clip_train.params import parse_args
+
+    assert parse_args(["--siglip", "--loss", "reduce"]).loss_dist_impl == "reduce"
+
+
+def test_help_lists_our_flags(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--accum-freq" in text
+    assert "--mmts-num-oscillations" in text
