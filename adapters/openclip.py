@@ -352,6 +352,8 @@ def _refuse_unsupported(args: Any) -> None:
         raise ConfigError(
             "--distill-model is not supported with --loss mmts: the teacher's logits have one temperature"
         )
+    if getattr(args, "torchscript", False):
+        raise ConfigError("--torchscript is not supported with --loss mmts: it takes no hooks; use --torchcompile")
     if getattr(args, "horovod", False):
         raise ConfigError("--horovod is not supported with --loss mmts; launch with torchrun")
 

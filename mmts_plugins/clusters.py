@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union
+from typing import Any, Optional, TypeVar, Union, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ CLASS = "class"
 _METADATA_KEY = b"mmts"
 _FORMAT = 1
 
-Sizes = TypeVar("Sizes", torch.Tensor, np.ndarray)
+Sizes = TypeVar("Sizes", bound=Union[torch.Tensor, np.ndarray])
 
 
 def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_max: float) -> Sizes:
@@ -47,7 +47,7 @@ def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_
         raise ConfigError(f"shift_min {shift_min} is above shift_max {shift_max} (--mmts-shift-min, --mmts-shift-max)")
     if isinstance(sizes, torch.Tensor):
         shifts = cluster_shift(sizes.detach().cpu().double().numpy(), shift_min, shift_max)
-        return torch.from_numpy(shifts).to(sizes if sizes.is_floating_point() else sizes.device)
+        return cast(Sizes, torch.from_numpy(shifts).to(sizes if sizes.is_floating_point() else sizes.device))
     values = np.asarray(sizes)
     if not np.issubdtype(values.dtype, np.floating):
         values = values.astype(np.float64)
@@ -55,8 +55,8 @@ def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_
         raise ConfigError("cluster sizes must be finite numbers, at least one")
     low, high = values.min(), values.max()
     if low == high:
-        return np.full_like(values, (shift_min + shift_max) / 2)
-    return (values - low) / (high - low) * (shift_max - shift_min) + shift_min
+        return cast(Sizes, np.full_like(values, (shift_min + shift_max) / 2))
+    return cast(Sizes, (values - low) / (high - low) * (shift_max - shift_min) + shift_min)
 
 
 @dataclass(frozen=True, eq=False)

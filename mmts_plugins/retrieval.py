@@ -141,9 +141,15 @@ def encode(
 
     Returns:
         image features ``[N, D]`` and text features ``[M, D]``.
+
+    Raises:
+        MMTSError: an image cannot be read, or there is nothing to encode.
     """
     from PIL import Image
     from tqdm import tqdm
+
+    if not images or not captions:
+        raise MMTSError(f"nothing to encode: {len(images)} images, {len(captions)} captions")
 
     def load(path: Any) -> torch.Tensor:
         try:
@@ -158,7 +164,8 @@ def encode(
         (captions, lambda batch: model.encode_text(tokenizer(list(batch)).to(device))),
     )
     features = []
-    with torch.inference_mode(), tqdm(total=len(images) + len(captions), desc="encode", unit="", leave=False) as bar:
+    total = len(images) + len(captions)
+    with torch.inference_mode(), tqdm(total=total, desc="  encode", leave=False, disable=None) as bar:
         for items, encoder in kinds:
             parts = []
             for start in range(0, len(items), batch_size):

@@ -1,4 +1,4 @@
-"""The paper's equations again, plainly and in float64, from the words of the paper: what the package is compared with."""
+"""The paper's equations again, plainly and in float64, from its words: what the package is compared with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ def temperature(frequency, all_frequencies, alpha, shift_min, shift_max, step, p
     base = alpha * math.cos(2 * math.pi * step / period) / 2
     return np.array(
         [
-            base + ((k - low) / (high - low) * (shift_max - shift_min) + shift_min if high > low else (shift_min + shift_max) / 2)
+            base
+            + (
+                (k - low) / (high - low) * (shift_max - shift_min) + shift_min
+                if high > low
+                else (shift_min + shift_max) / 2
+            )
             for k in frequency
         ]
     )

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 
 from mmts_plugins._files import replacing
-from mmts_plugins.demo.report import comparison_table, recall_rows
+from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.demo.report import comparison_table, plot_cluster_sizes, plot_temperatures, recall_rows
 from mmts_plugins.demo.train import TrainingRun, load_model, run_logged, shown, train
 from mmts_plugins.errors import MMTSError
 from mmts_plugins.retrieval import encode, image_text_recall
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pretrained", help="OpenCLIP's --pretrained")
     parser.add_argument("--encoder", default="tfidf", help="how captions are embedded: tfidf, or a sentence encoder")
     parser.add_argument("-k", type=int, default=200, help="number of clusters")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of each run")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of each run")
     parser.add_argument("--batch-size", type=int, default=128, help="batch size")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="warm-up steps")
@@ -75,7 +76,16 @@ def main() -> int:
     table = output / "clusters.parquet"
 
     cluster = [sys.executable, "-m", "mmts_plugins", "cluster", args.train, "-o", str(table), "--force"]
-    cluster += ["--separator", args.csv_separator, "--column", args.csv_caption_key, "--encoder", args.encoder, "-k", str(args.k)]
+    cluster += [
+        "--separator",
+        args.csv_separator,
+        "--column",
+        args.csv_caption_key,
+        "--encoder",
+        args.encoder,
+        "-k",
+        str(args.k),
+    ]
     cluster += ["--seed", str(args.seed)]
     print("$", shown(cluster))
     started = time.monotonic()
@@ -94,11 +104,14 @@ def main() -> int:
     stamp = time.strftime("%Y%m%d-%H%M%S")  # OpenCLIP refuses to reuse a run's name
 
     results: dict[str, Any] = {"seed": args.seed, "epochs": args.epochs, "clustering_seconds": clustering_seconds}
-    recalls = {}
+    runs, recalls = {}, {}
     for variant, mmts_flags in variants.items():
-        run = train(f"{variant}-{stamp}", flags, args.data_dir, args.epochs, mmts_flags, str(output / "runs"))
+        runs[variant] = run = train(f"{variant}-{stamp}", flags, args.data_dir, args.epochs, mmts_flags, str(output / "runs"))
         recalls[variant] = evaluate(run, args)
         results[variant] = {"command": run.command, "seconds": run.seconds, "recall": recalls[variant]}
+    clusters = ClusterTable.load(table)
+    plot_cluster_sizes(output / "cluster_sizes.png", clusters, runs["mmts"])
+    plot_temperatures(output / "temperatures.png", clusters, runs["mmts"], runs["plain"])
     with replacing(output / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     report = comparison_table(recall_rows(recalls["plain"], recalls["mmts"]))
@@ -106,7 +119,8 @@ def main() -> int:
         temporary.write_text(report, encoding="utf-8")
     print(report)
     print(f"Trained in {results['plain']['seconds']:.0f} s (plain) and {results['mmts']['seconds']:.0f} s (MM-TS).")
-    print(f"One seed: differences of this size may be chance. Written: {output / 'results.json'}, results.md")
+    print("One seed: another one can change the differences, and their sign.")
+    print(f"Written to {args.output}: results.json, results.md, cluster_sizes.png, temperatures.png")
     return 0
 
 

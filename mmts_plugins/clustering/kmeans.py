@@ -48,9 +48,10 @@ def cluster(
         points = np.asarray(points, np.float32)
     first = np.zeros(len(points), np.int64)
     total = np.zeros(len(points))
-    for run in tqdm(range(runs), desc="k-means", unit="run", file=sys.stderr):
+    for run in tqdm(range(runs), desc="k-means", unit="run", file=sys.stderr, disable=runs == 1):
         model = KMeans(clusters, n_init=1, random_state=seed + run, algorithm="lloyd")
-        with threadpool_limits(limits=threads, user_api="openmp"), warnings.catch_warnings():
+        # The k-means++ start makes thousands of small products: with threads of their own they take ten times as long.
+        with threadpool_limits({"openmp": threads, "blas": 1}), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # too few distinct points: said below
             labels = model.fit(points, sample_weight=weight).labels_
         found = len(np.unique(labels))

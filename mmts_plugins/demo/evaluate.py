@@ -11,7 +11,7 @@ DEFINITION = (
     "All images of a digit share its captions: a caption and an image belong together if they are of the same digit. "
     "Image → text: the share of held-out images with a caption of their digit among the k most similar of all 50 "
     "captions. Text → image: the share of captions with an image of their digit among the k most similar held-out "
-    "images. Zero-shot accuracy: the share of held-out images that are more similar to the mean of their own digit's "
+    "images. Accuracy (zero-shot): the share of held-out images that are more similar to the mean of their own digit's "
     "captions than to any other digit's. Ties count as misses."
 )
 

@@ -81,11 +81,11 @@ def plot_temperatures(path: Path, table: ClusterTable, mmts: TrainingRun, plain:
     steps = np.arange(total)
     base = np.array([schedule.offset(step) for step in steps.tolist()])
 
-    figure, (top, bottom) = _figure(4.8, height_ratios=(3.4, 1))
+    figure, (top, bottom) = _figure(4.2, height_ratios=(3.2, 1))
     said = []
     for name, cluster, color in (("largest", 0, HEAD), ("middle", len(sizes) // 2, MIDDLE), ("smallest", -1, TAIL)):
         curve = base + shifts[cluster]
-        top.plot(steps, curve, color=color, linewidth=2, label=f"{name} cluster ({sizes[cluster]} samples)")
+        top.plot(steps, curve, color=color, linewidth=2, label=f"{name} cluster ({sizes[cluster]:.0f} samples)")
         said.append(f"{name} cluster {curve.min():.3f} to {curve.max():.3f}")
     learned = [(total * at.epochs / plain.progress[-1].epochs, 1 / at.logit_scale) for at in plain.progress]
     top.plot(*zip(*learned), color=PLAIN, linewidth=1.8, linestyle=(0, (4, 2)), label="plain CLIP (learned)")
@@ -124,28 +124,28 @@ def plot_cluster_sizes(
     colors = ScalarMappable(
         Normalize(shifts.min(), shifts.max()), LinearSegmentedColormap.from_list("tail to head", [TAIL, MIDDLE, HEAD])
     )
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = _figure(2.7)
     bars = axes.bar(np.arange(len(sizes)), sizes, color=colors.to_rgba(shifts), width=0.76 if names else 1.0)
     axes.set_ylabel("training samples")
+    axes.set_xlabel("cluster, largest first")
     if names:
-        axes.bar_label(bars, padding=2, fontsize=9)
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
         axes.set_xticks(np.arange(len(sizes)), [names[cluster] for cluster in clusters.tolist()])
     else:
-        axes.set_xlabel("cluster, largest first")
         axes.set_xlim(-0.5, len(sizes) - 0.5)
     figure.colorbar(colors, ax=axes, label="shift", pad=0.02, aspect=18).outline.set_visible(False)
     _save(figure, path)
-    return f"{len(sizes)} clusters, from {sizes[0]} training samples down to {sizes[-1]}."
+    return f"{len(sizes)} clusters, from {sizes[0]:.0f} training samples down to {sizes[-1]:.0f}."
 
 
 def plot_accuracy(path: Path, outcome: Outcome) -> str:
     """Zero-shot accuracy by digit, most common digit first. Returns a description of the picture."""
     order = outcome.split.order
     at = np.arange(len(order))
-    figure, (axes,) = _figure(3.6)
+    figure, (axes,) = _figure(3.2)
     for offset, name, scores, color in ((-0.2, "plain CLIP", outcome.plain, PLAIN), (0.2, "MM-TS", outcome.mmts, MMTS)):
         bars = axes.bar(at + offset, [100 * scores.digits[d] for d in order], width=0.38, color=color, label=name)
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=6.5)
     axes.set_xticks(at, [f"{digit}\n{len(outcome.split.train[digit])}" for digit in order])
     axes.set_xlabel("digit, and its number of training images")
     axes.set_ylabel("zero-shot accuracy, %")
@@ -160,21 +160,23 @@ def plot_accuracy(path: Path, outcome: Outcome) -> str:
 
 
 def _clusters(table: ClusterTable, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cluster ids, sizes and mean shifts under a recorded config, largest cluster first, empty ones left out."""
+    """Ids, sizes (as Eq. 6 reads them) and shifts of the clusters under a recorded config, largest first."""
     if record["no_shifts"]:
         shift = np.full(len(table), (record["shift_min"] + record["shift_max"]) / 2)
     else:
         shift = table.shifts(record["shift_min"], record["shift_max"])
-    total = np.bincount(table.cluster, weights=shift * table.count)
-    order = np.argsort(-table.sizes, kind="stable")[: np.count_nonzero(table.sizes)]
-    return order, table.sizes[order], total[order] / table.sizes[order]
+    clusters, cluster = np.unique(table.cluster, return_inverse=True)
+    count = np.bincount(cluster, weights=table.count)
+    sizes, shifts = (np.bincount(cluster, weights=each * table.count) / count for each in (table.frequency, shift))
+    order = np.argsort(-sizes, kind="stable")
+    return clusters[order], sizes[order], shifts[order]
 
 
 def _figure(height: float, height_ratios: tuple[float, ...] = (1,)) -> tuple[Figure, Any]:
     """A figure in the report's style, made without pyplot: no display is needed and no global state is touched."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.4, height), dpi=200, layout="constrained")
     axes = figure.subplots(len(height_ratios), 1, squeeze=False, height_ratios=height_ratios)[:, 0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -232,10 +234,10 @@ class Outcome:
     def rows(self) -> list[Row]:
         """What the table compares."""
         rows = recall_rows(self.plain.recall, self.mmts.recall)
-        rows.append(("zero-shot accuracy, all digits", self.plain.accuracy, self.mmts.accuracy))
+        rows.append(("accuracy, all digits", self.plain.accuracy, self.mmts.accuracy))
         for name, digits in self.split.groups().items():
             sizes = [len(self.split.train[digit]) for digit in digits]
-            label = f"zero-shot accuracy, {name}: {', '.join(map(str, digits))} ({sizes[0]}–{sizes[-1]} images)"
+            label = f"accuracy, {name}: {', '.join(map(str, digits))} ({sizes[0]}–{sizes[-1]} images)"
             rows.append((label, self.plain.groups[name], self.mmts.groups[name]))
         return rows
 
@@ -316,7 +318,7 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 p { margin: .5rem 0; }
 .note { border-left: 4px solid #e09f3e; background: #fdf6ea; padding: .6rem .9rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right; vertical-align: top; }
+th, td { padding: .35rem .25rem .35rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #1c1c1c; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 img { width: 100%; height: auto; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from ..config import FILE_NAME
 from ..errors import MMTSError
 
 TRAINER = "open_clip_train.main"
@@ -36,7 +38,6 @@ class TrainingRun:
     Attributes:
         name: the run's name, a folder under ``logs``.
         command: what was run, for a human to repeat.
-        folder: OpenCLIP's folder of the run.
         checkpoint: the last one.
         seconds: wall clock, start-up included.
         progress: the log lines read on the way.
@@ -44,7 +45,6 @@ class TrainingRun:
 
     name: str
     command: str
-    folder: Path
     checkpoint: Path
     seconds: float
     progress: list[Progress]
@@ -90,7 +90,7 @@ def run_logged(command: Sequence[str], folder: Path, on_line: Callable[[str], No
                 tail.append(line.rstrip())
                 on_line(line)
         except BaseException:
-            process.kill()  # Ctrl-C, or a fault of ours: never leave a trainer behind
+            process.kill()  # Ctrl-C, or a fault of ours: do not leave a trainer behind
             raise
     if process.returncode:
         raise MMTSError(f"exit code {process.returncode} from: {shown(command)}\n" + "\n".join(tail))
@@ -127,7 +127,7 @@ def train(
     with tqdm(
         total=epochs,
         desc=f"train {name}",
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        bar_format="  {desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file wants few lines
     ) as bar:
 
@@ -139,13 +139,12 @@ def train(
                 bar.update(seen.epochs - bar.n)
 
         run_logged(command, folder, on_line)
-    run = folder / logs / name
-    checkpoint = run / "checkpoints" / f"epoch_{epochs}.pt"
+    checkpoint = folder / logs / name / "checkpoints" / f"epoch_{epochs}.pt"
     # OpenCLIP exits with 0 on some errors (a run of this name exists), and a lost flag would train plain CLIP.
-    for expected in (checkpoint, run / "checkpoints" / "mmts.yaml")[: 2 if mmts_flags else 1]:
+    for expected in (checkpoint, *([checkpoint.parent / FILE_NAME] if mmts_flags else [])):
         if not expected.is_file():
             raise MMTSError(f"the run ended without writing {expected}: {shown(command)}")
-    return TrainingRun(name, shown(command), run, checkpoint, time.monotonic() - started, progress)
+    return TrainingRun(name, shown(command), checkpoint, time.monotonic() - started, progress)
 
 
 def load_model(
@@ -161,6 +160,10 @@ def load_model(
     """
     import open_clip
 
-    net, _, preprocess = open_clip.create_model_and_transforms(model, pretrained, load_weights=False, device=device)
+    logging.disable(logging.WARNING)  # "no weights found", on a model that is about to get them
+    try:
+        net, _, preprocess = open_clip.create_model_and_transforms(model, pretrained, load_weights=False, device=device)
+    finally:
+        logging.disable(logging.NOTSET)
     open_clip.load_checkpoint(net, str(checkpoint))
     return net, preprocess, open_clip.get_tokenizer(model)

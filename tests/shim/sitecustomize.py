@@ -1,4 +1,4 @@
-"""For tests only: OpenCLIP 3.x passes ``device_ids=[cpu]`` to DDP, which refuses it, so two ranks cannot run on a CPU."""
+"""For tests only: OpenCLIP 3.x passes ``device_ids=[cpu]`` to DDP, which refuses it; without it ranks run on a CPU."""
 
 import torch.nn.parallel.distributed as distributed
 

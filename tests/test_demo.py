@@ -1,0 +1,241 @@
+"""``mmts demo``: its data, its page, what it refuses, and one short run of the real thing."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import pytest
+from conftest import run_python
+
+from mmts_plugins.cli import main
+from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.config import Config, record, write_record
+from mmts_plugins.demo import command, data, report, train
+from mmts_plugins.demo.evaluate import Scores
+from mmts_plugins.errors import MMTSError
+
+for package in ("sklearn", "matplotlib", "PIL", "pandas", "tqdm"):
+    pytest.importorskip(package)
+
+TARGET = np.arange(1800) % 10
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_split_is_disjoint_balanced_and_long_tailed() -> None:
+    parts = data.split(TARGET, seed=3)
+    rows = np.concatenate([*parts.train.values(), *parts.held_out.values()])
+    assert len(set(rows.tolist())) == len(rows)
+    assert all((TARGET[rows] == digit).all() for of in (parts.train, parts.held_out) for digit, rows in of.items())
+    assert {len(rows) for rows in parts.held_out.values()} == {data.HELD_OUT}
+    sizes = [len(parts.train[digit]) for digit in parts.order]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1]) == (data.HEAD, data.TAIL)
+    assert sorted(digit for digits in parts.groups().values() for digit in digits) == list(range(10))
+
+
+def test_split_follows_the_seed() -> None:
+    one, same, other = (data.split(TARGET, seed) for seed in (0, 0, 1))
+    assert one.order == same.order != other.order
+    assert all((one.train[digit] == same.train[digit]).all() for digit in range(10))
+
+
+def test_written_files_are_what_openclip_reads(tmp_path: Path) -> None:
+    from PIL import Image
+
+    parts = data.write(tmp_path, seed=0)
+    again = tmp_path / "again"
+    data.write(again, seed=0)
+    for name, rows_of in (("train", parts.train), ("val", parts.held_out)):
+        text = (tmp_path / "data" / f"{name}.tsv").read_text()
+        assert text == (again / "data" / f"{name}.tsv").read_text()
+        header, *lines = (line.split("\t") for line in text.splitlines())
+        assert header == ["filepath", "title", "digit"]
+        assert len(lines) == sum(map(len, rows_of.values()))
+        for path, caption, digit in lines:
+            assert caption in data.captions_of(int(digit))
+            with Image.open(tmp_path / path) as image:
+                assert (image.mode, image.size) == ("RGB", (32, 32))
+        assert {caption for _, caption, _ in lines} == {c for digit in range(10) for c in data.captions_of(digit)}
+
+
+# --- the trainer ----------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_read_from_openclips_log() -> None:
+    line = (
+        "2026-11-22,18:04:33 | INFO | Train Epoch: 39 [448/478 (50%)] Data (t): 0.027 Batch (t): 0.100, 637.216/s, "
+        "637.216/s/gpu LR: 0.000000 Logit Scale: 14.484 Contrastive_loss: 2.3289 (2.2004) Loss: 1.5000 (2.2004)\n"
+    )
+    assert train.parse_progress(line) == train.Progress(39.5, 14.484, 1.5)
+    diverged = train.parse_progress(line.replace("1.5000", "nan"))
+    assert diverged is not None
+    assert np.isnan(diverged.loss)
+    assert train.parse_progress("2026-11-22,18:04:33 | INFO | Start epoch 3\n") is None
+
+
+def test_a_failing_step_shows_the_end_of_its_output(tmp_path: Path) -> None:
+    code = "import sys; [print('line', i) for i in range(99)]; sys.exit('disk is full')"
+    with pytest.raises(MMTSError) as error:
+        train.run_logged([sys.executable, "-c", code], tmp_path)
+    assert str(error.value).startswith("exit code 1 from: python -c")
+    assert "line 98" in str(error.value)
+    assert "line 9\n" not in str(error.value)
+    assert str(error.value).endswith("disk is full")
+
+
+def test_a_trainer_that_leaves_no_checkpoint_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TRAINER", "this")  # prints a poem and exits with 0
+    with pytest.raises(MMTSError, match=r"ended without writing .*epoch_1\.pt"):
+        train.train("plain", [], tmp_path, epochs=1)
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(MMTSError, match="not the folder of a demo"):
+        command.prepare(tmp_path, force=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(MMTSError, match="is a file"):
+        command.prepare(tmp_path / "file", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "file"}
+
+
+def test_a_finished_demo_is_replaced_only_on_request(tmp_path: Path) -> None:
+    command.prepare(tmp_path, force=False)
+    (tmp_path / "runs" / "plain").mkdir(parents=True)
+    command.prepare(tmp_path, force=False)  # unfinished: nothing is lost
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "results.json").touch()
+    (tmp_path / "my notes.txt").touch()
+    with pytest.raises(MMTSError, match="--force"):
+        command.prepare(tmp_path, force=False)
+    command.prepare(tmp_path, force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {command.MARKER, "my notes.txt"}
+
+
+def test_missing_packages_are_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "NEEDED", ("json", "no_such_package"))
+    assert main(["demo", "--output", str(tmp_path / "out")]) == 2
+    assert f"the demo needs no_such_package: {command.EXTRAS}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from mmts_plugins.demo import command; "
+        "print([name for name in ('torch', 'sklearn', 'matplotlib', 'pandas') if name in sys.modules])"
+    )
+    assert run_python("-c", code).stdout.strip() == "[]"
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+class Fetches(HTMLParser):
+    """Everything in a page that a browser would fetch, and every picture without a description."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.pictures: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Optional[str]]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.fetched += [given[name] for name in ("src", "href", "srcset", "data") if name in given]
+        if tag in ("link", "script", "iframe", "object"):
+            self.fetched.append(tag)
+        if tag == "img":
+            self.pictures.append(given.get("alt", ""))
+
+
+def assert_self_contained(page: str, pictures: int) -> None:
+    parser = Fetches()
+    parser.feed(page)
+    assert all(address.startswith("data:image/png;base64,") for address in parser.fetched)
+    assert len(parser.fetched) == len(parser.pictures) == pictures
+    assert all(len(alt) > 20 for alt in parser.pictures)
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+@pytest.fixture
+def outcome(tmp_path: Path) -> report.Outcome:
+    """A finished comparison, without the training."""
+    parts = data.split(TARGET, seed=0)
+    digits = [digit for digit in range(10) for _ in data.TEMPLATES]
+    ClusterTable.build(
+        [caption for digit in range(10) for caption in data.captions_of(digit)],
+        digits,
+        [len(parts.train[digit]) for digit in digits],
+    ).save(tmp_path / "clusters.parquet")
+    runs = []
+    for name in ("plain", "mmts"):
+        checkpoint = tmp_path / "runs" / name / "checkpoints" / "epoch_2.pt"
+        log = [train.Progress(epochs, 14.3, 2.0) for epochs in (0.5, 2.0)]
+        runs.append(train.TrainingRun(name, f"python -m x --name '{name}' <&>", checkpoint, 12.34, log))
+    config = Config("mmts-infonce", 0.04, 0.05, 0.10, "clusters.parquet")
+    write_record(runs[1].checkpoint.parent / "mmts.yaml", record(config, 100, None, "open_clip_torch", "3.3.0"))
+
+    def scores(share: float) -> Scores:
+        recall = {way: {1: share, 5: 0.5, 10: 1.0} for way in ("image_to_text", "text_to_image")}
+        return Scores(recall, share, dict.fromkeys(("head", "middle", "tail"), share), dict.fromkeys(range(10), share))
+
+    return report.Outcome(0, 2, 30.0, parts, scores(0.25), scores(0.2), *runs, "mmts cluster", {"torch": "2"})
+
+
+def test_report_is_one_self_contained_page(outcome: report.Outcome, tmp_path: Path) -> None:
+    report.write(tmp_path, outcome)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert_self_contained(page, pictures=3)
+    assert "&lt;&amp;&gt;" in page
+    assert not re.search(r"\$\w", page)
+    for name in ("temperatures", "cluster_sizes", "accuracy"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_report_describes_the_schedule_that_was_used(outcome: report.Outcome, tmp_path: Path) -> None:
+    table = ClusterTable.load(tmp_path / "clusters.parquet")
+    said = report.plot_temperatures(tmp_path / "t.png", table, outcome.mmts_run, outcome.plain_run)
+    assert "over 100 steps, 5 cosine periods" in said
+    assert "largest cluster 0.080 to 0.120" in said  # 0.10 and 0.05 are the shifts, 0.04 the amplitude
+    assert "smallest cluster 0.030 to 0.070" in said
+
+
+def test_table_shows_differences_in_points(outcome: report.Outcome) -> None:
+    lines = outcome.table().splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["image → text R@1", "25.0", "20.0", "-5.0"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["image → text R@5", "50.0", "50.0", "+0.0"]
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def test_demo_end_to_end(tmp_path: Path) -> None:
+    for package in ("open_clip", "open_clip_train"):
+        pytest.importorskip(package)
+    out = tmp_path / "out"
+    arguments = ("-m", "mmts_plugins", "demo", "--output", out, "--epochs", 1, "--seed", 1)
+    done = run_python(*arguments)
+    assert done.returncode == 0, done.stdout
+    assert "accuracy, tail" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert results["mmts"]["config"]["loss"] == "mmts-infonce"
+    assert results["mmts"]["config"]["total_steps"] == 478 // 64
+    assert_self_contained((out / "report.html").read_text(encoding="utf-8"), pictures=3)
+    again = run_python(*arguments)
+    assert again.returncode == 2
+    assert "--force" in again.stdout
