@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -20,6 +20,14 @@ from mmts_plugins.errors import MMTSError
 from mmts_plugins.retrieval import encode, image_text_recall
 
 SMALL_MODEL = Path(__file__).resolve().parent / "small_resnet"
+
+
+class Pairs(NamedTuple):
+    """Images, captions, and the row of each caption's image."""
+
+    images: list[Path]
+    captions: list[str]
+    image_of: torch.Tensor
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,9 +56,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_pairs(args: argparse.Namespace) -> tuple[list[Path], list[str], torch.Tensor]:
-    """Images, captions and the row of each caption's image."""
+def read_pairs(args: argparse.Namespace) -> Pairs:
+    """The images and captions to retrieve. Image files are found from ``--data-dir``, as the trainer finds them."""
     path = args.data_dir / args.test
+    if not path.is_file():
+        raise MMTSError(f"{path}: no such file (--data-dir, --test)")
     frame = pd.read_csv(path, sep=args.csv_separator)
     group = args.image_id_key or args.csv_img_key
     for column in (args.csv_img_key, args.csv_caption_key, group):
@@ -58,35 +68,28 @@ def read_pairs(args: argparse.Namespace) -> tuple[list[Path], list[str], torch.T
             raise MMTSError(f"{path}: no column {column!r} (found: {', '.join(map(str, frame.columns))})")
     image_of, _ = pd.factorize(frame[group])
     images = [args.data_dir / image for image in frame.drop_duplicates(group)[args.csv_img_key]]
-    return images, frame[args.csv_caption_key].astype(str).tolist(), torch.from_numpy(image_of)
+    return Pairs(images, frame[args.csv_caption_key].astype(str).tolist(), torch.from_numpy(image_of))
 
 
-def evaluate(run: TrainingRun, args: argparse.Namespace) -> dict[str, dict[int, float]]:
-    images, captions, image_of = read_pairs(args)
+def evaluate(run: TrainingRun, pairs: Pairs, args: argparse.Namespace) -> dict[str, dict[int, float]]:
+    """Recall both ways of a trained model."""
     model, preprocess, tokenizer = load_model(args.model, run.checkpoint, args.device, args.pretrained)
-    image_features, text_features = encode(model, preprocess, tokenizer, images, captions, args.batch_size, args.device)
-    return image_text_recall(image_features, text_features, image_of)
+    image_features, text_features = encode(
+        model, preprocess, tokenizer, pairs.images, pairs.captions, args.batch_size, args.device
+    )
+    return image_text_recall(image_features, text_features, pairs.image_of)
 
 
 def main() -> int:
     args = parse_args()
-    read_pairs(args)  # a wrong column name should not cost a training run
+    pairs = read_pairs(args)  # first: a wrong column name should not cost a training run
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     table = output / "clusters.parquet"
 
     cluster = [sys.executable, "-m", "mmts_plugins", "cluster", args.train, "-o", str(table), "--force"]
-    cluster += [
-        "--separator",
-        args.csv_separator,
-        "--column",
-        args.csv_caption_key,
-        "--encoder",
-        args.encoder,
-        "-k",
-        str(args.k),
-    ]
-    cluster += ["--seed", str(args.seed)]
+    cluster += ["--separator", args.csv_separator, "--column", args.csv_caption_key]
+    cluster += ["--encoder", args.encoder, "-k", str(args.k), "--seed", str(args.seed)]
     print("$", shown(cluster))
     started = time.monotonic()
     run_logged(cluster, args.data_dir, lambda line: print("  " + line, end=""))
@@ -106,18 +109,19 @@ def main() -> int:
     results: dict[str, Any] = {"seed": args.seed, "epochs": args.epochs, "clustering_seconds": clustering_seconds}
     runs, recalls = {}, {}
     for variant, mmts_flags in variants.items():
-        runs[variant] = run = train(f"{variant}-{stamp}", flags, args.data_dir, args.epochs, mmts_flags, str(output / "runs"))
-        recalls[variant] = evaluate(run, args)
+        name = f"{variant}-{stamp}"
+        runs[variant] = run = train(name, flags, args.data_dir, args.epochs, mmts_flags, str(output / "runs"))
+        recalls[variant] = evaluate(run, pairs, args)
         results[variant] = {"command": run.command, "seconds": run.seconds, "recall": recalls[variant]}
     clusters = ClusterTable.load(table)
     plot_cluster_sizes(output / "cluster_sizes.png", clusters, runs["mmts"])
     plot_temperatures(output / "temperatures.png", clusters, runs["mmts"], runs["plain"])
     with replacing(output / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    report = comparison_table(recall_rows(recalls["plain"], recalls["mmts"]))
+    compared = comparison_table(recall_rows(recalls["plain"], recalls["mmts"]))
     with replacing(output / "results.md") as temporary:
-        temporary.write_text(report, encoding="utf-8")
-    print(report)
+        temporary.write_text(compared, encoding="utf-8")
+    print(compared)
     print(f"Trained in {results['plain']['seconds']:.0f} s (plain) and {results['mmts']['seconds']:.0f} s (MM-TS).")
     print("One seed: another one can change the differences, and their sign.")
     print(f"Written to {args.output}: results.json, results.md, cluster_sizes.png, temperatures.png")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Optional, cast
 
 import numpy as np
 
 from ..errors import ConfigError, MMTSError
 
-DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 TFIDF = "tfidf"
 _HF = "hf:"
+
+
+def public_name(encoder: str) -> str:
+    """The encoder as a table that is shared may name it: of a local folder the last part."""
+    prefix, name = (_HF, encoder[len(_HF) :]) if encoder.startswith(_HF) else ("", encoder)
+    return prefix + (Path(name).resolve().name if Path(name).exists() else name)
 
 
 def packages(encoder: str) -> tuple[str, ...]:
@@ -55,19 +61,31 @@ def _load(encoder: str, device: Optional[str]) -> Any:
             f"--encoder {encoder} needs sentence-transformers ({error}): pip install 'mmts-plugins[cluster]', "
             "or use --encoder tfidf"
         ) from error
+    _check_device(device)
     name = encoder[len(_HF) :] if encoder.startswith(_HF) else encoder
     try:
         if encoder.startswith(_HF):
             return SentenceTransformer(modules=_mean_pooled(name), device=device)
         return SentenceTransformer(name, device=device)
-    except Exception as error:  # hub clients, file formats and devices raise every kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # hub clients and model files raise every kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"--encoder {encoder}{f' --device {device}' if device else ''}: cannot be loaded: {reason}\n"
-            "Ways out: give the folder of a downloaded model (--encoder ./FOLDER); on a machine with a network run "
-            f"`huggingface-cli download {name}` and bring its cache along (HF_HOME); give embeddings you have "
-            "(--embeddings FILE.npy); or use --encoder tfidf, which needs no model."
+            f"--encoder {encoder} cannot be loaded: {reason}. Ways out: give the folder of a downloaded model "
+            f"(--encoder ./FOLDER); where there is a network, run `hf download {name}` (formerly huggingface-cli) and "
+            "bring the cache along (HF_HOME); give embeddings you have (--embeddings FILE.npy); or use --encoder "
+            "tfidf, which needs no model"
         ) from error
+
+
+def _check_device(device: Optional[str]) -> None:
+    import torch
+
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch built without that backend
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"--device {device} cannot be used here: {reason}") from error
 
 
 def _mean_pooled(name: str) -> list[Any]:

@@ -119,9 +119,10 @@ def _read_csv(source: Source, labels: Sequence[str], captions: bool) -> Samples:
     options: dict[str, Any] = {"sep": source.separator, "header": "infer" if source.header else None}
     head = pd.read_csv(source.data, nrows=1, **options)
     names = [str(name) for name in head.columns]
-    column = _pick(source, "csv", names, hint=_separator_hint(source, names)) if captions else None
+    hint = _csv_hint(source, names)
+    column = _pick(source, "csv", names, hint) if captions else None
     for label in labels:
-        _require(source, label, names, "--label-column", _separator_hint(source, names))
+        _require(source, label, names, "--label-column", hint)
     wanted = [head.columns[names.index(name)] for name in dict.fromkeys([*([column] if column else []), *labels])]
     # Rows one field longer than the header make pandas take the first field as the index; usecols would undo that.
     usecols = wanted if isinstance(head.index, pd.RangeIndex) else None
@@ -232,7 +233,7 @@ def _pick(source: Source, kind: str, names: Sequence[str], hint: str = "") -> st
             return name
     raise ConfigError(
         f"{source.data}: no column {' or '.join(map(repr, usual))}; found: {_listed(names)}. "
-        f"{hint or 'Name the column of the captions with --column'}"
+        f"Name the column of the captions with --column. {hint}".rstrip(". ")
     )
 
 
@@ -241,14 +242,14 @@ def _require(source: Source, name: str, names: Sequence[str], flag: str, hint: s
         raise ConfigError(f"{source.data}: no column {name!r} ({flag}); found: {_listed(names)}. {hint}".rstrip(". "))
 
 
-def _separator_hint(source: Source, names: Sequence[str]) -> str:
+def _csv_hint(source: Source, names: Sequence[str]) -> str:
     if not source.header:
         return "With --no-header, columns go by position: --column 0 is the first"
     if len(names) == 1:
         for other in (",", "\t", ";", "|"):
             if other != source.separator and other in names[0]:
                 return f"The header has no {source.separator!r}: pass --separator {other!r}"
-    return ""
+    return "For a file without a header pass --no-header, and name columns by position (--column 0)"
 
 
 def _listed(names: Sequence[str]) -> str:

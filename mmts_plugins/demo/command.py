@@ -103,20 +103,20 @@ def run(args: argparse.Namespace) -> int:
     outcome = report.Outcome(
         seed=args.seed,
         epochs=args.epochs,
-        seconds=time.monotonic() - started,
         split=parts,
         plain=evaluate(model, plain.checkpoint, folder, parts),
         mmts=evaluate(model, mmts.checkpoint, folder, parts),
         plain_run=plain,
         mmts_run=mmts,
         cluster_command=shown(cluster),
+        seconds=time.monotonic() - started,
         versions=versions(),
     )
     report.write(folder, outcome)
     with replacing(folder / FINISHED) as temporary:
         temporary.write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
-    print("\n" + outcome.table() + "\n" + outcome.caveat())
-    print(f"\nRead {args.output / 'report.html'}; numbers: {args.output / FINISHED}, {args.output / 'results.md'}")
+    print(f"\n{outcome.table()}\n{outcome.caveat()}\n\nDone in {outcome.seconds:.0f} s.")
+    print(f"Read {args.output / 'report.html'}; numbers: {args.output / FINISHED}, {args.output / 'results.md'}")
     return 0
 
 
@@ -138,8 +138,11 @@ def prepare(folder: Path, force: bool) -> None:
             raise MMTSError(f"{folder} is not empty and not the folder of a demo; choose another --output")
         if (folder / FINISHED).exists() and not force:
             raise MMTSError(f"{folder} holds a finished demo; replace it with --force or choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).touch()
+    except OSError as error:
+        raise MMTSError(f"{folder}: cannot write there: {error.strerror}") from error
     for name in WRITTEN:
         path = folder / name
         if path.is_dir():

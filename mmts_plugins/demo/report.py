@@ -145,7 +145,7 @@ def plot_accuracy(path: Path, outcome: Outcome) -> str:
     figure, (axes,) = _figure(3.2)
     for offset, name, scores, color in ((-0.2, "plain CLIP", outcome.plain, PLAIN), (0.2, "MM-TS", outcome.mmts, MMTS)):
         bars = axes.bar(at + offset, [100 * scores.digits[d] for d in order], width=0.38, color=color, label=name)
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=6.5)
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=5.8)
     axes.set_xticks(at, [f"{digit}\n{len(outcome.split.train[digit])}" for digit in order])
     axes.set_xlabel("digit, and its number of training images")
     axes.set_ylabel("zero-shot accuracy, %")
@@ -199,13 +199,13 @@ class Outcome:
 
     seed: int
     epochs: int
-    seconds: float
     split: Split
     plain: Scores
     mmts: Scores
     plain_run: TrainingRun
     mmts_run: TrainingRun
     cluster_command: str
+    seconds: float
     versions: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -250,7 +250,8 @@ class Outcome:
         images = sum(map(len, self.split.train.values()))
         return (
             f"One seed ({self.seed}), {images} training images, {HELD_OUT} held-out images per digit: another seed can "
-            "change the differences, and their sign. Try --seed 1. This shows that the method runs, not how good it is."
+            f"change the differences, and their sign (try --seed {self.seed + 1}). This shows that the method runs, "
+            "not how good it is."
         )
 
 
@@ -318,7 +319,8 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 p { margin: .5rem 0; }
 .note { border-left: 4px solid #e09f3e; background: #fdf6ea; padding: .6rem .9rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .25rem .35rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right; vertical-align: top; }
+th, td { padding: .35rem .25rem .35rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right;
+         vertical-align: top; }
 th { border-bottom: 2px solid #1c1c1c; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 img { width: 100%; height: auto; }
@@ -355,7 +357,8 @@ $image_cluster_sizes
 
 <h2>What was run</h2>
 <pre>$commands</pre>
-<p class="small">In the folder of this page; $seconds seconds in all. $versions.</p>
+<p class="small">In the folder of this page; $seconds seconds in all. Where mmts-plugins is installed,
+<code>python -m open_clip_train.main</code> takes <code>--loss mmts</code> without the launcher. $versions.</p>
 </body>
 </html>
 """)

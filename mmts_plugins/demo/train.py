@@ -70,10 +70,14 @@ def run_logged(command: Sequence[str], folder: Path, on_line: Callable[[str], No
     Raises:
         MMTSError: it failed; the message ends with the last lines of its output.
     """
-    # The child runs elsewhere: a checkout that is on our path only as "" (python -m, in the checkout) must stay on its.
-    package_parent = str(Path(__file__).resolve().parents[2])
-    path = [package_parent, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    parent = Path(__file__).resolve().parents[2]
+    if parent.name not in ("site-packages", "dist-packages"):
+        # A checkout may be on our path only as "", the current folder, and the child runs in another one.
+        path = [str(parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    for many in ("WORLD_SIZE", "SLURM_NTASKS"):  # inside a job, OpenCLIP would wait for ranks that never start
+        environment.pop(many, None)
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with subprocess.Popen(
         command,

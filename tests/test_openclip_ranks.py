@@ -1,0 +1,116 @@
+"""The real OpenCLIP trainer under torchrun, two gloo ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import reference
+import torch
+from conftest import REPOSITORY, openclip_flags, run_python
+
+pytest.importorskip("open_clip_train", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+# No random crop: then an epoch's batches depend on the epoch alone, and a resumed run can be compared to the bit.
+PLAIN_CROP = {"aug_cfg": ["scale=(1.0, 1.0)", "ratio=(1.0, 1.0)"]}
+
+
+def flags(model, data, logs, **changes) -> list[str]:
+    given = {
+        "train_data": data.csv,
+        "dataset_type": "csv",
+        "loss": "mmts",
+        "mmts_clusters": data.table,
+        "batch_size": 6,
+    }
+    return openclip_flags(model, logs, **{**given, **PLAIN_CROP, **changes})
+
+
+def recorded(target: Path, arguments: list[str], expect: int = 0, **environment: str) -> list[dict[str, np.ndarray]]:
+    script = REPOSITORY / "tests" / "recorded_openclip.py"
+    done = run_python(*TORCHRUN, "--", script, target, *arguments, **environment)
+    assert (done.returncode == 0) == (expect == 0), done.stdout[-3000:]
+    return [dict(np.load(f"{target}-{rank}.npz")) for rank in range(2)]
+
+
+def check(ranks, local: bool, total: int, data) -> None:
+    frequency = pq.read_table(data.table)["frequency"].to_pylist()
+    known = {f: reference.temperature([f], frequency, 0, 0.05, 0.10, 0, 1)[0] for f in frequency}
+    for call in range(len(ranks[0]["loss"])):
+        images, texts, tau = (
+            torch.from_numpy(np.concatenate([rank[name][call] for rank in ranks]))
+            for name in ("image", "text", "temperature")
+        )
+        step = int(ranks[0]["step"][call])
+        base = 0.02 * np.cos(2 * np.pi * step / (total / 5))
+        assert all(min(abs(t - base - shift) for shift in known.values()) < 1e-9 for t in tau.tolist())
+        n = len(images) // 2
+        for rank in range(2):
+            rows = slice(rank * n, (rank + 1) * n)
+            if local:
+                expected = (
+                    reference.info_nce_rows(images[rows], texts, tau[rows], rank * n).mean()
+                    + reference.info_nce_rows(texts[rows], images, tau[rows], rank * n).mean()
+                ) / 2
+            else:
+                expected = reference.info_nce(images, texts, tau)
+            assert ranks[rank]["loss"][call] == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"local_loss": True, "gather_with_grad": True}, {"accum_freq": 2, "gather_with_grad": True}],
+    ids=["plain", "local-with-grad", "accumulated"],
+)
+def test_every_step_equals_the_reference(options, small_model, data, tmp_path):
+    ranks = recorded(tmp_path / "run", flags(small_model, data, tmp_path / "logs", **options))
+    accumulated = options.get("accum_freq", 1)
+    total = 2 * (4 // accumulated)
+    assert ranks[0]["step"].tolist() == [step for step in range(total) for _ in range(accumulated)]
+    assert ranks[0]["image"].shape[1] == 6 * accumulated
+    check(ranks, bool(options.get("local_loss")), total, data)
+
+
+def test_killed_and_resumed_equals_uninterrupted(small_model, data, tmp_path):
+    whole = recorded(tmp_path / "whole", flags(small_model, data, tmp_path / "a"))
+    arguments = flags(small_model, data, tmp_path / "b")
+    first = recorded(tmp_path / "first", arguments, expect=9, TEST_DIE_BEFORE_EPOCH="1")
+    second = recorded(tmp_path / "second", [*arguments, "--resume", "latest"])
+    for rank in range(2):
+        assert first[rank]["step"].tolist() + second[rank]["step"].tolist() == list(range(8))
+        losses = np.concatenate([first[rank]["loss"], second[rank]["loss"]])
+        np.testing.assert_array_equal(losses, whole[rank]["loss"])
+
+
+def test_started_as_the_readme_says_one_rank_logs(small_model, data, tmp_path):
+    shim = str(REPOSITORY / "tests" / "shim")
+    arguments = flags(small_model, data, tmp_path, epochs=1)
+    done = run_python(*TORCHRUN, "-m", "--", "open_clip_train.main", *arguments, PYTHONPATH=shim)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.count("MM-TS step ") == 4
+    assert done.stdout.count("MM-TS: mmts-infonce: alpha 0.04 over 4 steps") == 1
+
+
+def test_ranks_with_different_tables_stop(small_model, data, tmp_path):
+    from mmts_plugins.clusters import ClusterTable
+
+    table = ClusterTable.load(data.table)
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        ClusterTable.build(table.keys, table.cluster, table.frequency + rank).save(folder / "t.parquet")
+    chooser = tmp_path / "train.py"
+    chooser.write_text(
+        "import os, runpy, sys, sitecustomize\n"
+        "sys.argv = [a.replace('RANK', os.environ['RANK']) for a in sys.argv]\n"
+        "runpy.run_module('open_clip_train.main', run_name='__main__', alter_sys=True)\n"
+    )
+    arguments = flags(small_model, data, tmp_path / "logs", mmts_clusters=f"{tmp_path}/RANK/t.parquet")
+    done = run_python(*TORCHRUN, "--", chooser, *arguments, PYTHONPATH=str(REPOSITORY / "tests" / "shim"))
+    assert done.returncode != 0
+    assert "mmts: error: ranks 0 and 1 differ in table_hash" in done.stdout
+    assert not list(tmp_path.rglob("mmts.yaml"))
+    assert not list(tmp_path.rglob("*.pt"))
