@@ -63,6 +63,7 @@ class Host:
     seams: Sequence[Seam]
     start_modules: tuple[str, ...]
     _hooks: dict[Seam, Callable[[ModuleType], None]] = field(default_factory=dict)
+    _replacements: dict[Seam, Callable[..., Any]] = field(default_factory=dict)
 
     def version(self) -> str:
         """The installed version; ``"not installed"`` where there is none."""
@@ -90,9 +91,9 @@ class Host:
             del self._hooks[seam]
             module = sys.modules.get(seam.module)
             current = getattr(module, seam.attribute, None)
-            patched = getattr(current, "_mmts_seam", None) == str(seam)
-            if patched:
-                setattr(module, seam.attribute, current.__wrapped__)  # type: ignore[union-attr]
+            # By identity: functools.wraps copies our marker onto what another tool puts around us.
+            if current is not None and current is self._replacements.pop(seam, None):
+                setattr(module, seam.attribute, current.__wrapped__)
             elif current is not None and _wrapped_inside(current, str(seam)):
                 logger.warning("MM-TS: %s was wrapped by another tool after us; switched off in place", seam)
 
@@ -137,7 +138,8 @@ class Host:
             original = self.check(seam, module)
             if original is None:
                 return
-            setattr(module, seam.attribute, self._replacement(seam, original))
+            self._replacements[seam] = self._replacement(seam, original)
+            setattr(module, seam.attribute, self._replacements[seam])
             holders = _holders(original, seam.attribute)
             if holders:
                 setattr(module, seam.attribute, original)

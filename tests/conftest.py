@@ -115,7 +115,7 @@ def openclip_flags(model: str, logs: Path, name: str = "run", **changes: object)
     return argv
 
 
-def run_python(*arguments: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: object, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter, as a user starts one; output as text, errors merged in."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, openclip_flags, run_python
 
 pytest.importorskip("open_clip_train", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # No random crop: then an epoch's batches depend on the epoch alone, and a resumed run can be compared to the bit.
 PLAIN_CROP = {"aug_cfg": ["scale=(1.0, 1.0)", "ratio=(1.0, 1.0)"]}
 

@@ -77,7 +77,9 @@ def test_start_up_file_and_launcher_train_alike(small_model, data, tmp_path):
 def test_one_clear_error_and_nothing_written(changes, environment, message, small_model, data, tmp_path):
     done = run_python("-m", "open_clip_train.main", *flags(small_model, data, tmp_path, **changes), **environment)
     assert done.returncode != 0
-    assert done.stdout.splitlines()[-1].startswith(f"mmts: error: {message}")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("mmts: error: ")
+    assert message in last
     assert "Traceback" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
