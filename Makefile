@@ -1,0 +1,38 @@
+# Each target does its own set-up in .venv: only Python 3.9+ and pip are needed. After the install nothing uses a network.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test clean
+
+help:
+	@echo "make demo   train a small OpenCLIP model plain and with MM-TS, and compare them (minutes, no GPU)"
+	@echo "make test   lint, type-check and test everything"
+	@echo "make clean  remove .venv and the demo's output"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of extras; .dev holds all of .all.
+$(VENV)/.all: pyproject.toml | $(VENV)/bin/python
+	@test -e $(VENV)/.dev || { echo "Installing into $(VENV) (PyTorch and the trainers: some minutes)"; \
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[all]'; }
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV) (PyTorch, the trainers and the test tools: some minutes)"
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.all
+	$(BIN)/mmts demo --output mmts_demo --force
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) mmts_demo
