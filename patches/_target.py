@@ -63,7 +63,7 @@ class Host:
     seams: Sequence[Seam]
     start_modules: tuple[str, ...]
     _hooks: dict[Seam, Callable[[ModuleType], None]] = field(default_factory=dict)
-    _replacements: dict[Seam, Callable[..., Any]] = field(default_factory=dict)
+    _replacements: dict[Seam, Any] = field(default_factory=dict)
 
     def version(self) -> str:
         """The installed version; ``"not installed"`` where there is none."""
@@ -90,7 +90,7 @@ class Host:
             _hooks.remove(seam.module, hook)
             del self._hooks[seam]
             module = sys.modules.get(seam.module)
-            current = getattr(module, seam.attribute, None)
+            current: Any = getattr(module, seam.attribute, None)
             # By identity: functools.wraps copies our marker onto what another tool puts around us.
             if current is not None and current is self._replacements.pop(seam, None):
                 setattr(module, seam.attribute, current.__wrapped__)

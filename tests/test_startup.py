@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import sys
 import textwrap
@@ -10,14 +11,10 @@ import textwrap
 import pytest
 from conftest import openclip_flags, run_python
 
-INSTALLED = (
-    any(
-        file.name == "mmts_plugins.pth" and file.locate().exists()
-        for file in importlib.metadata.files("mmts-plugins") or ()
-    )
-    if "mmts-plugins" in {d.metadata["Name"] for d in importlib.metadata.distributions()}
-    else False
-)
+try:
+    INSTALLED = any(file.name == "mmts_plugins.pth" for file in importlib.metadata.files("mmts-plugins") or ())
+except importlib.metadata.PackageNotFoundError:
+    INSTALLED = False
 needs_startup_file = pytest.mark.skipif(
     not INSTALLED, reason="mmts-plugins is not pip-installed here: no start-up file"
 )
