@@ -204,9 +204,11 @@ class Run:
         Raises:
             SeamError: it is neither ``ClipLoss`` nor ``CoCaLoss``.
         """
-        name = type(host_loss).__name__
+        name = "no loss module" if host_loss is None else type(host_loss).__name__
         if name not in ("ClipLoss", "CoCaLoss"):
-            raise SeamError(f"open_clip_torch {self.host_version}: --loss mmts cannot replace its {name}")
+            raise SeamError(
+                f"open_clip_torch {self.host_version}: --loss mmts replaces ClipLoss or CoCaLoss; this run has {name}"
+            )
         return ScheduledLoss(self.config.loss, host_loss, self._loss_called if watched else None)
 
     # -- every epoch and step ---------------------------------------------------------------------------------------
@@ -262,9 +264,13 @@ class Run:
         """One batch of the current accumulation group went through: log where the host logs."""
         self._batches += 1
         done, rest = divmod(self._batches, self._args.accum_freq)
-        last = done == self._steps_per_epoch
-        if not rest and self._args.rank == 0 and ((done - 1) % self._args.log_every_n_steps == 0 or last):
-            self._report()
+        if rest or self._args.rank != 0:
+            return
+        line_every = self._args.log_every_n_steps
+        values_every = max(1, getattr(self._args, "log_metric_every_n_steps", line_every))  # 4.x: more often than lines
+        line = (done - 1) % line_every == 0 or done == self._steps_per_epoch
+        if line or (done - 1) % values_every == 0:
+            self._report(line)
 
     def tag(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook on the trained model: one temperature per sample joins its output and flows to the loss."""
@@ -310,7 +316,8 @@ class Run:
         if rate < 0.99 and last:
             logger.warning("MM-TS: %s; they get the %s shift (--mmts-missing)", message, self.config.missing)
 
-    def _report(self) -> None:
+    def _report(self, line: bool) -> None:
+        """To the host's loggers, and as a ``line`` of its log."""
         assert self.runtime is not None
         runtime = self.runtime
         base = runtime.base
@@ -327,6 +334,9 @@ class Run:
         }
         if self.config.missing == "error" and hit_rate < 1:
             raise TableError(f"training captions are not in {self.config.clusters} (--mmts-missing error)")
+        self._log({f"train/mmts/{name}": value for name, value in values.items()}, runtime.step)
+        if not line:
+            return
         logger.info(
             "MM-TS step %d/%d: base %+.4f, mean %.4f [%.4f, %.4f], head %.4f, tail %.4f, hits %.1f%%, phase %.2f",
             runtime.step,
@@ -340,7 +350,6 @@ class Run:
             100 * hit_rate,
             values["phase"],
         )
-        self._log({f"train/mmts/{name}": value for name, value in values.items()}, runtime.step)
 
 
 def _refuse_unsupported(args: Any) -> None:
@@ -352,6 +361,8 @@ def _refuse_unsupported(args: Any) -> None:
         raise ConfigError(
             "--distill-model is not supported with --loss mmts: the teacher's logits have one temperature"
         )
+    if getattr(args, "genlip", False) or getattr(args, "genlap", False):
+        raise ConfigError(f"--model {args.model} is generative: it has no contrastive loss for --loss mmts to replace")
     if getattr(args, "torchscript", False):
         raise ConfigError("--torchscript is not supported with --loss mmts: it takes no hooks; use --torchcompile")
     if getattr(args, "horovod", False):
@@ -383,7 +394,11 @@ def _logit_scale(model: Any) -> Optional[Tensor]:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    return int(getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", None) or 0)
+    """4.x: the tokenizer says. 3.x: the one it wraps, if any; OpenCLIP's own pads with 0."""
+    pad_id = getattr(tokenizer, "pad_token_id", None)
+    if pad_id is None:
+        pad_id = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", None)
+    return int(pad_id or 0)
 
 
 def _text(row: Tensor, tokenizer: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import gather_rows
+from .distributed import rank_info_nce, rank_max_margin
 from .functional import info_nce, max_margin
 
 
@@ -20,11 +20,6 @@ class _GatheredLoss(nn.Module):
         self.gather_with_grad = gather_with_grad
         self.rank = rank
         self.world_size = world_size
-
-    def _gather(self, rows: Tensor, keep_own_grad: bool = True) -> Tensor:
-        return gather_rows(
-            rows, self.rank, self.world_size, with_grad=self.gather_with_grad, keep_own_grad=keep_own_grad
-        )
 
 
 class InfoNCELoss(_GatheredLoss):
@@ -52,21 +47,15 @@ class InfoNCELoss(_GatheredLoss):
         """Features ``[n, D]`` of this rank, L2-normalised; ``temperature`` ``[n]`` of the same rows; a scalar."""
         if self.world_size == 1:
             return info_nce(image_features, text_features, temperature, label_smoothing=self.label_smoothing)
-        if self.local_loss:
-            return info_nce(
-                image_features,
-                text_features,
-                temperature,
-                self._gather(image_features, keep_own_grad=False),
-                self._gather(text_features, keep_own_grad=False),
-                first_positive=self.rank * len(image_features),
-                label_smoothing=self.label_smoothing,
-            )
-        return info_nce(
-            self._gather(image_features),
-            self._gather(text_features),
-            self._gather(temperature),
-            label_smoothing=self.label_smoothing,
+        return rank_info_nce(
+            image_features,
+            text_features,
+            temperature,
+            self.rank,
+            self.world_size,
+            self.local_loss,
+            self.gather_with_grad,
+            self.label_smoothing,
         )
 
 
@@ -82,4 +71,6 @@ class MaxMarginLoss(_GatheredLoss):
         """Features ``[n, D]`` of this rank; ``margin`` ``[n]`` of the same rows; a scalar."""
         images = F.normalize(image_features, dim=-1, eps=1e-8)
         texts = F.normalize(text_features, dim=-1, eps=1e-8)
-        return max_margin(self._gather(images), self._gather(texts), self._gather(margin))
+        if self.world_size == 1:
+            return max_margin(images, texts, margin)
+        return rank_max_margin(images, texts, margin, self.rank, self.world_size, self.gather_with_grad)

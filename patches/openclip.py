@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
@@ -54,7 +55,8 @@ def _parse_args(original: Callable[..., Any], args: Any) -> Any:
     from ..adapters.openclip import Run
 
     _run = Run(flags, parsed)
-    _run.host_version = HOST.version()
+    # Of what is imported: a checkout on PYTHONPATH shadows an installed package.
+    _run.host_version = getattr(sys.modules.get("open_clip"), "__version__", None) or HOST.version()
     return parsed
 
 
@@ -75,7 +77,7 @@ def _create_loss(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 def _create_task(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     task = original(*args, **kwargs)
     if _run is not None:
-        task.loss = _run.wrap_loss(task.loss, watched=False)
+        task.loss = _run.wrap_loss(getattr(task, "loss", None), watched=False)
     return task
 
 
@@ -111,26 +113,29 @@ def _model_steps(run: Run, arguments: dict[str, Any]) -> Iterator[None]:
 @contextmanager
 def _task_steps(run: Run, arguments: dict[str, Any]) -> Iterator[None]:
     """4.x: the task may be compiled whole, so temperatures are set on the loss where the batch is prepared."""
-    state = arguments["state"]
-    task, scheduler, prepare_batch = state.task, state.scheduler, state.task.prepare_batch
-    compute_accum_loss = task.compute_accum_loss
-    log = functools.partial(_log, arguments["args"], arguments["tb_writer"])
-    run.begin_epoch(task.trainable_module, task.loss, state.epoch, arguments["data"], arguments["args"], log)
-    group: list[Any] = []
+    state, args = arguments["state"], arguments["args"]
+    task, scheduler = state.task, state.scheduler
+    prepare_batch, compute_accum_loss = task.prepare_batch, task.compute_accum_loss
+    log = functools.partial(_log, args, arguments["tb_writer"])
+    run.begin_epoch(
+        task.trainable_module, getattr(task, "loss", None), state.epoch, arguments["data"], arguments["args"], log
+    )
+    group: deque[Any] = deque(maxlen=args.accum_freq)
 
-    def prepare(*args: Any, **kwargs: Any) -> Any:
-        run.batch_starts()
-        batch = prepare_batch(*args, **kwargs)
-        group.append(run.temperatures(batch["text"]))
-        task.loss.temperature = group[-1]
-        run.batch_done()
-        return batch
+    def prepare(batch: Any, *rest: Any, **kwargs: Any) -> Any:
+        prepared = prepare_batch(batch, *rest, **kwargs)
+        if "text" in prepared:  # not a part of a batch: it calls itself for nested dicts
+            run.batch_starts()
+            task.loss.temperature = run.temperatures(prepared["text"])
+            group.append(task.loss.temperature)
+            run.batch_done()
+        return prepared
 
-    def accumulated(*args: Any, **kwargs: Any) -> Any:
+    def accumulated(*inputs: Any, **kwargs: Any) -> Any:
         import torch
 
-        task.loss.temperature = torch.cat(group[-arguments["args"].accum_freq :])
-        return compute_accum_loss(*args, **kwargs)
+        task.loss.temperature = torch.cat(tuple(group))
+        return compute_accum_loss(*inputs, **kwargs)
 
     task.prepare_batch, task.compute_accum_loss = prepare, accumulated
     state.scheduler = _telling(run, scheduler)

@@ -15,14 +15,16 @@ from mmts_plugins.adapters.openclip import Run, ScheduledLoss
 
 assert "shim" in sitecustomize.__file__ or hasattr(sitecustomize, "_without_device_ids")
 
+rank = os.environ.get("RANK", "0")
 target, arguments = sys.argv[1], sys.argv[2:]
-records: dict[str, list] = {"image": [], "text": [], "temperature": [], "loss": [], "step": []}
+records: dict[str, list] = {"image": [], "text": [], "temperature": [], "loss": [], "step": [], "tokens": []}
 forward, temperatures = ScheduledLoss.forward, Run.temperatures
 step = [0]
 
 
 def recording_temperatures(run, tokens):
     step[0] = run.runtime.step
+    records["tokens"].append(tokens.numpy())
     return temperatures(run, tokens)
 
 
@@ -30,7 +32,7 @@ def recording_forward(loss, image_features, text_features, logit_scale, mmts_tem
     out = forward(loss, image_features, text_features, logit_scale, mmts_temperature=mmts_temperature, **kwargs)
     records["image"].append(image_features.detach().double().numpy())
     records["text"].append(text_features.detach().double().numpy())
-    records["temperature"].append(mmts_temperature.numpy())
+    records["temperature"].append((loss.temperature if mmts_temperature is None else mmts_temperature).numpy())
     records["loss"].append(float(out["contrastive_loss"].detach()))
     records["step"].append(step[0])
     return out
@@ -42,7 +44,7 @@ begin_epoch = Run.begin_epoch
 
 def dying(run, model, loss, epoch, *rest):
     if os.environ.get("TEST_DIE_BEFORE_EPOCH") == str(epoch):
-        np.savez(f"{target}-{os.environ['RANK']}.npz", **records)
+        np.savez(f"{target}-{rank}.npz", **records)
         os._exit(9)
     begin_epoch(run, model, loss, epoch, *rest)
 
@@ -50,4 +52,4 @@ def dying(run, model, loss, epoch, *rest):
 Run.begin_epoch = dying
 torch.set_num_threads(1)
 main(arguments)
-np.savez(f"{target}-{os.environ['RANK']}.npz", **records)
+np.savez(f"{target}-{rank}.npz", **records)

@@ -202,3 +202,194 @@ def test_compiles_without_a_graph_break(kind):
     loss = KINDS[kind]()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert compiled(images, texts, tau).item() == pytest.approx(loss(images, texts, tau).item(), rel=1e-6)
+
+
+# -- tiles, memory budgets, extremes -----------------------------------------------------------------------------------
+
+
+def loss_and_grads(function, images, texts, tau, **options):
+    leaves = [x.clone().requires_grad_() for x in (images, texts, tau)]
+    loss = function(*leaves, **options)
+    loss.backward()
+    # In units of the scale 1/tau, where a rounding error of the similarities stays one.
+    return [loss.detach(), leaves[0].grad, leaves[1].grad, leaves[2].grad * tau**2]
+
+
+def explicit_info_nce(images, texts, tau, label_smoothing=0.0):
+    logits = images @ texts.T / tau[:, None], texts @ images.T / tau[:, None]
+    target = torch.arange(len(images))
+    return sum(torch.nn.functional.cross_entropy(x, target, label_smoothing=label_smoothing) for x in logits) / 2
+
+
+def explicit_max_margin(images, texts, margin):
+    similarity, n = texts @ images.T, len(images)
+    threshold = (similarity.diagonal() - margin)[:, None]
+    hinges = torch.relu(similarity - threshold) + torch.relu(similarity.T - threshold)
+    return hinges.masked_fill(torch.eye(n, dtype=torch.bool), 0).sum() / (2 * n * (n - 1))
+
+
+def assert_same(ours, wanted, tolerance=1e-12):
+    for mine, other in zip(ours, wanted):
+        scale = max(other.abs().max().item(), 1.0)
+        assert (mine - other).abs().max().item() <= tolerance * scale
+
+
+@pytest.fixture(params=[(1, 64), (3, 1), (7, 1), (256, 1 << 20)], ids=lambda p: f"rows{p[0]}")
+def tiles(request, monkeypatch):
+    """Tiles from one row to all: borders inside, at the end, and nowhere."""
+    monkeypatch.setattr("mmts_plugins._tiles._LEAST_ROWS", request.param[0])
+    monkeypatch.setattr("mmts_plugins._tiles._TILE_ELEMENTS", request.param[1])
+
+
+@pytest.mark.parametrize("budget", [0, 3000, 1 << 30], ids=["none-kept", "some-kept", "all-kept"])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 1), (13, 1), (13, 5), (40, 7)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_info_nce_in_tiles(tiles, budget, n, d, smoothing):
+    images, texts = unit(n, d, n), unit(n, d, n + d)
+    tau = torch.linspace(0.02, 0.5, n, dtype=torch.float64)
+    ours = loss_and_grads(info_nce, images, texts, tau, label_smoothing=smoothing, memory_budget=budget)
+    assert_same(ours, loss_and_grads(explicit_info_nce, images, texts, tau, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("margin", [-3.0, 0.05, 0.4, 3.0], ids=["none-active", "few", "some", "all-active"])
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (13, 1), (13, 5), (40, 7)])
+@pytest.mark.parametrize("sparse", [0.0, 2.1], ids=["dense", "sparse"])
+def test_max_margin_in_tiles(tiles, margin, n, d, sparse, monkeypatch):
+    monkeypatch.setattr("mmts_plugins._tiles._SPARSE_BELOW", sparse)
+    # Not collinear with the hinge's corner: D = 1 gives similarities of exactly one and minus one.
+    images, texts = unit(n, d, n), unit(n, d, n + d)
+    margins = margin + torch.linspace(0.001, 0.0123, n, dtype=torch.float64)
+    assert_same(
+        loss_and_grads(max_margin, images, texts, margins), loss_and_grads(explicit_max_margin, images, texts, margins)
+    )
+
+
+@pytest.mark.parametrize("tau", [2e-3, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("relation", [-1.0, 0.0, 1.0], ids=["opposed", "unrelated", "matched"])
+def test_extreme_temperatures_do_not_overflow(tau, relation):
+    images = unit(30, 8, 1)
+    texts = relation * images if relation else unit(30, 8, 2)
+    tau = torch.full((30,), tau, dtype=torch.float64)
+    ours = loss_and_grads(info_nce, images, texts, tau, memory_budget=0)
+    assert_same(ours, loss_and_grads(explicit_info_nce, images, texts, tau))
+    single = loss_and_grads(info_nce, images.float(), texts.float(), tau.float(), memory_budget=0)
+    assert all(torch.isfinite(x).all() for x in single)
+    assert single[0].item() == pytest.approx(ours[0].item(), rel=1e-5, abs=4e-7 / tau.max().item())
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    images, texts = unit(6, 4, 1).requires_grad_(), unit(6, 4, 2)
+    tau = torch.full((6,), 0.1, dtype=torch.float64)
+    for function in (info_nce, max_margin):
+        images.grad = None
+        function(images, texts, tau).backward()
+        assert images.grad is not None
+        assert texts.grad is None
+        assert not function(images.detach(), texts, tau).requires_grad
+
+
+def test_backward_twice_over_the_same_graph():
+    images, texts = unit(6, 4, 1).requires_grad_(), unit(6, 4, 2).requires_grad_()
+    for function in (info_nce, max_margin):
+        loss = function(images, texts, torch.full((6,), 0.3, dtype=torch.float64))
+        first = torch.autograd.grad(loss, images, retain_graph=True)[0]
+        second = torch.autograd.grad(-2 * loss, images)[0]
+        assert torch.allclose(second, -2 * first, rtol=1e-14)
+
+
+def test_double_backward_is_refused():
+    images, texts = unit(6, 4, 1).requires_grad_(), unit(6, 4, 2).requires_grad_()
+    for function in (info_nce, max_margin):
+        loss = function(images, texts, torch.full((6,), 0.3, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="no double backward"):
+            torch.autograd.grad(loss, images, create_graph=True)
+
+
+def run_with_temperature_grad(rank, world_size, images, texts, temperature, smoothing):
+    rows = slice(rank * len(images) // world_size, (rank + 1) * len(images) // world_size)
+    out = []
+    for flags in FLAGS:
+        for kind in KINDS:
+            leaves = [torch.from_numpy(x[rows]).requires_grad_() for x in (images, texts, temperature)]
+            extra = {"label_smoothing": smoothing} if kind == "infonce" else {}
+            loss = KINDS[kind](**flags, **extra, rank=rank, world_size=world_size)(*leaves)
+            (loss * (rank + 1)).backward()  # ranks may weigh their losses differently
+            out.append([loss.item(), *(leaf.grad.numpy() for leaf in leaves)])
+    return out
+
+
+def gathered_explicitly(rank, world_size, images, texts, temperature, smoothing):
+    """The same by gathering everything on every rank with torch's own differentiable all-gather, and explicit forms."""
+    from torch.distributed.nn.functional import all_gather
+
+    def gather(leaf, flags, keep_own):
+        if flags["gather_with_grad"]:
+            return torch.cat(all_gather(leaf))
+        blocks = [torch.empty_like(leaf) for _ in range(world_size)]
+        torch.distributed.all_gather(blocks, leaf.detach())
+        if keep_own:
+            blocks[rank] = leaf
+        return torch.cat(blocks)
+
+    rows = slice(rank * len(images) // world_size, (rank + 1) * len(images) // world_size)
+    out = []
+    for flags in FLAGS:
+        for kind in KINDS:
+            leaves = [torch.from_numpy(x[rows]).requires_grad_() for x in (images, texts, temperature)]
+            local = flags["local_loss"] and kind == "infonce"
+            everyone = [gather(leaf, flags, keep_own=not local) for leaf in leaves]
+            if local:
+                target = torch.arange(rows.start, rows.stop)
+                logits = leaves[0] @ everyone[1].T, leaves[1] @ everyone[0].T
+                cross = torch.nn.functional.cross_entropy
+                loss = sum(cross(x / leaves[2][:, None], target, label_smoothing=smoothing) for x in logits) / 2
+            elif kind == "infonce":
+                loss = explicit_info_nce(*everyone, label_smoothing=smoothing)
+            else:
+                unit_rows = [x / x.norm(dim=1, keepdim=True) for x in everyone[:2]]
+                loss = explicit_max_margin(*unit_rows, everyone[2])
+            (loss * (rank + 1)).backward()
+            out.append([loss.item(), *(leaf.grad.numpy() for leaf in leaves)])
+    return out
+
+
+def both(rank, world_size, *arguments):
+    return run_with_temperature_grad(rank, world_size, *arguments), gathered_explicitly(rank, world_size, *arguments)
+
+
+@pytest.mark.parametrize(("world", "smoothing"), [(2, 0.1), (3, 0.0), (4, 0.1)])
+def test_ranks_equal_gathering_everything(world, smoothing):
+    """Values, and gradients at features and temperatures, for each pair of flags, with a loss weight per rank."""
+    n = 3 * world
+    arguments = (unit(n, 5, 1).numpy(), unit(n, 5, 2).numpy(), np.linspace(0.05, 0.3, n), smoothing)
+    for ours, explicit in on_ranks(world, both, *arguments):
+        assert len(ours) == 8
+        for mine, wanted in zip(ours, explicit):
+            for a, b in zip(mine, wanted):
+                np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_memory_is_linear():
+    """Nothing of size N x N: live bytes of the allocator, counted over forward and backward."""
+    sizes = (2048, 4096)
+    for function, options in ((info_nce, {"memory_budget": 0}), (max_margin, {})):
+        peaks = []
+        for n in sizes:
+            images, texts = (unit(n, 16, seed).float().requires_grad_() for seed in (1, 2))
+            peaks.append(peak_bytes(function, images, texts, torch.full((n,), 0.1), **options))
+        square = 4 * sizes[1] ** 2
+        assert peaks[1] < 0.25 * square
+        assert peaks[1] < 2.2 * peaks[0]
+
+
+def peak_bytes(function, *arguments, **options) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function(*arguments, **options).backward()
+    live = peak = 0
+    events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

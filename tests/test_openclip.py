@@ -308,9 +308,8 @@ def test_coca_keeps_its_caption_loss(data, tmp_path, recorder):
     # OpenCLIP 3.3.0 leaves one parameter of a CoCa made from scratch uninitialised.
     coca = open_clip.create_model(model)
     torch.nn.init.normal_(coca.text_decoder.text_projection, std=0.1)
-    torch.save(coca.state_dict(), tmp_path / "coca.pt")
-    weights = tmp_path / "coca.pt"
-    main(flags(model, data, tmp_path, epochs=1, coca_contrastive_loss_weight=0.5, pretrained=weights))
+    torch.save(coca.state_dict(), tmp_path / "coca/open_clip_pytorch_model.bin")
+    main(flags(model, data, tmp_path, epochs=1, coca_contrastive_loss_weight=0.5))
     check_steps(recorder, model, data.table, total=6, weight=0.5)
     caption = [float(call["out"]["caption_loss"]) for call in recorder.calls]
     assert min(caption) > 1

@@ -1,0 +1,221 @@
+"""Time and memory of the losses, forward and backward, against OpenCLIP's ClipLoss and the explicit forms.
+
+    python benchmarks/losses.py                       # N = 256 ... 4096, time ratios and memory
+    python benchmarks/losses.py --sizes 8192 16384 32768 65536 --only ours --rounds 1
+    python benchmarks/losses.py --output results      # results.json, results.md, results.png
+
+All implementations take turns, round by round, in one process; a ratio is the median over rounds of the paired ratios
+of process CPU time (with one thread that hardly depends on other jobs of the machine). Memory is the peak of live bytes
+in torch's CPU allocator during one forward and backward, inputs excluded, gradients included: a count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmts_plugins.functional import info_nce, max_margin
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def naive_info_nce(images: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
+    """Both matrices written out, each row divided by its temperature."""
+    target = torch.arange(len(images))
+    scale = 1 / temperature[:, None]
+    return (
+        F.cross_entropy(scale * (images @ texts.T), target) + F.cross_entropy(scale * (texts @ images.T), target)
+    ) / 2
+
+
+def naive_max_margin(images: Tensor, texts: Tensor, margin: Tensor) -> Tensor:
+    """The authors' form in our words: every pair's positive, negative and margin spelt out as a column, the hinge taken
+    of all of them, and again of those off the diagonal."""
+    images, texts = F.normalize(images, dim=1), F.normalize(texts, dim=1)
+    similarity = texts @ images.T
+    n = len(similarity)
+    positive = similarity.diag()[:, None].expand(n, n).contiguous().view(-1, 1)
+    negatives = torch.cat([similarity.view(-1, 1), similarity.T.contiguous().view(-1, 1)])
+    positives = torch.cat([positive, positive])
+    margins = torch.cat([margin.repeat_interleave(n), margin.repeat_interleave(n)])[:, None]
+    hinges = F.relu(margins - (positives - negatives))
+    off_diagonal = torch.cat([1 - torch.eye(n).view(-1)] * 2).nonzero().flatten()
+    positives, negatives, margins = (x.index_select(0, off_diagonal) for x in (positives, negatives, margins))
+    hinges = F.relu(margins - (positives - negatives))
+    return hinges.mean()
+
+
+def clip_loss() -> Loss:
+    from open_clip.loss import ClipLoss
+
+    module = ClipLoss()
+    scale = torch.tensor(1 / 0.07)
+    return lambda images, texts, _: module(images, texts, scale)
+
+
+def three_products(images: Tensor, texts: Tensor, _: Tensor) -> None:
+    """The bound: similarities, and their product with either side."""
+    n, d = images.shape
+    if not hasattr(three_products, "buffers") or three_products.buffers[0].shape != (n, n):
+        three_products.buffers = torch.empty(n, n), torch.empty(n, d)  # type: ignore[attr-defined]
+    similarity, grad = three_products.buffers  # type: ignore[attr-defined]
+    torch.mm(images, texts.T, out=similarity)
+    torch.mm(similarity, texts, out=grad)
+    torch.mm(similarity.T, images, out=grad)
+
+
+def pairs(n: int, d: int, positive: float) -> tuple[Tensor, Tensor]:
+    """Unit vectors whose pairs have about the similarity ``positive``, and whose negatives have none."""
+    generator = torch.Generator().manual_seed(n)
+    images = F.normalize(torch.randn(n, d, generator=generator), dim=1)
+    noise = F.normalize(torch.randn(n, d, generator=generator), dim=1)
+    return images, F.normalize(positive * images + (1 - positive**2) ** 0.5 * noise, dim=1)
+
+
+def implementations(dimension: int) -> dict[str, tuple[Loss, float, str, bool]]:
+    """Name to (loss, similarity of pairs, kind of temperature, whether it is ours)."""
+    return {
+        "ClipLoss (OpenCLIP)": (clip_loss(), 0.3, "temperature", False),
+        "InfoNCE, explicit": (naive_info_nce, 0.3, "temperature", False),
+        "InfoNCE, one N x N kept": (lambda i, t, x: info_nce(i, t, x, memory_budget=1 << 62), 0.3, "temperature", True),
+        "InfoNCE, none kept": (lambda i, t, x: info_nce(i, t, x, memory_budget=0), 0.3, "temperature", True),
+        "max-margin, explicit": (naive_max_margin, 0.2, "margin", False),
+        "max-margin, 50% active": (max_margin, 0.2, "margin", True),
+        "max-margin, 1% active": (max_margin, 0.2 + 3.3 / dimension**0.5, "margin", True),
+        "three matrix products": (three_products, 0.3, "temperature", False),  # type: ignore[dict-item]
+    }
+
+
+def inputs(n: int, dimension: int, positive: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    images, texts = pairs(n, dimension, positive)
+    low, high = (0.05, 0.10) if kind == "temperature" else (0.195, 0.205)
+    return images.requires_grad_(), texts.requires_grad_(), torch.linspace(low, high, n)
+
+
+def step(loss: Loss, images: Tensor, texts: Tensor, temperature: Tensor) -> None:
+    images.grad = texts.grad = None
+    if loss is three_products:
+        with torch.no_grad():
+            loss(images, texts, temperature)
+    else:
+        loss(images, texts, temperature).backward()
+
+
+def peak_bytes(loss: Loss, *arguments: Tensor) -> int:
+    """Peak of live bytes that one forward and backward adds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step(loss, *arguments)
+    arguments[0].grad = arguments[1].grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss(*arguments).backward()
+    live = peak = 0
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def measure(sizes: list[int], dimension: int, rounds: int, only: str, limit_gb: float) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for n in sizes:
+        chosen = {
+            name: (loss, inputs(n, dimension, positive, kind))
+            for name, (loss, positive, kind, ours) in implementations(dimension).items()
+            # The explicit forms need up to 27 N x N matrices.
+            if (only == "all" or ours) and (ours or 27 * 4 * n * n < limit_gb * 2**30)
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in chosen}
+        for number in range(rounds + 1):
+            for name, (loss, arguments) in chosen.items():
+                begin = time.process_time()
+                step(loss, *arguments)
+                if number or rounds == 1:
+                    seconds[name].append(time.process_time() - begin)
+        for name, (loss, arguments) in chosen.items():
+            row: dict[str, object] = {"n": n, "loss": name, "seconds": statistics.median(seconds[name])}
+            for key, other in (
+                ("to ClipLoss", "ClipLoss (OpenCLIP)"),
+                ("to explicit max-margin", "max-margin, explicit"),
+                ("to three products", "three matrix products"),
+            ):
+                if other in seconds:
+                    row[key] = statistics.median(a / b for a, b in zip(seconds[name], seconds[other]))
+            if loss is not three_products:
+                row["megabytes"] = peak_bytes(loss, *arguments) / 2**20
+            rows.append(row)
+            print(_line(row), flush=True)
+    return rows
+
+
+COLUMNS = ("n", "loss", "seconds", "to ClipLoss", "to explicit max-margin", "to three products", "megabytes")
+
+
+def _line(row: dict[str, object]) -> str:
+    cells = [f"{row[c]:.3f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in COLUMNS]
+    return "| " + " | ".join(cells) + " |"
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for name in dict.fromkeys(str(row["loss"]) for row in rows):
+        style = "--" if name.endswith(("(OpenCLIP)", "explicit", "products")) else "-"
+        mine = [row for row in rows if row["loss"] == name]
+        (line,) = left.plot([r["n"] for r in mine], [r["seconds"] for r in mine], style + "o", label=name, markersize=4)
+        if "megabytes" in mine[0]:
+            memory = [r["megabytes"] for r in mine]
+            right.plot([r["n"] for r in mine], memory, style + "o", color=line.get_color(), markersize=4)
+    left.set(
+        xscale="log", yscale="log", xlabel="batch size N", ylabel="CPU seconds, forward and backward", title="Time"
+    )
+    right.set(xscale="log", yscale="log", xlabel="batch size N", ylabel="MiB beyond the inputs", title="Memory")
+    for axes in (left, right):
+        ticks = sorted({int(row["n"]) for row in rows})  # type: ignore[call-overload]
+        axes.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=45)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], metavar="N")
+    parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds after one warm-up (default: 5)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("all", "ours"), default="all")
+    parser.add_argument("--limit-gb", type=float, default=8, help="leave out explicit forms beyond this memory")
+    parser.add_argument("--append", type=Path, help="rows of an earlier .json to plot and tabulate along")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
+    rows = json.loads(args.append.read_text())["rows"] if args.append else []
+    rows += measure(args.sizes, args.dimension, args.rounds, args.only, args.limit_gb)
+    if args.output:
+        machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads}
+        args.output.with_suffix(".json").write_text(json.dumps({**machine, "rows": rows}, indent=1))
+        table = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|", *map(_line, rows)]
+        args.output.with_suffix(".md").write_text("\n".join(table) + "\n")
+        plot(rows, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

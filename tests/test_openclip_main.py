@@ -1,0 +1,158 @@
+"""OpenCLIP's main branch (4.x: ``create_task``), run from a checkout: every step's loss against one computed apart.
+
+The checkout is named by the environment: ``OPEN_CLIP_ROOT=/path/to/open_clip pytest tests/test_openclip_main.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import reference
+import torch
+import yaml
+from conftest import REPOSITORY, openclip_flags, run_python, write_model
+
+open_clip = pytest.importorskip("open_clip", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
+
+ROOT = Path(os.environ.get("OPEN_CLIP_ROOT", "nowhere"))
+FACTORY = ROOT / "src" / "open_clip" / "factory.py"
+pytestmark = pytest.mark.skipif(
+    not FACTORY.exists() or "def create_task" not in FACTORY.read_text(),
+    reason="OPEN_CLIP_ROOT does not name a checkout of OpenCLIP 4.x (one with create_task)",
+)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
+DRIVER = REPOSITORY / "tests" / "recorded_openclip.py"
+
+
+def flags(model, data, logs, **changes) -> list[str]:
+    given = {"train_data": data.csv, "dataset_type": "csv", "loss": "mmts", "mmts_clusters": data.table, **changes}
+    return openclip_flags(model, logs, **given)
+
+
+def train(*command: object, expect: int = 0, **environment: str) -> str:
+    done = run_python(*command, PYTHONPATH=str(ROOT / "src"), **environment)
+    assert done.returncode == expect, done.stdout[-3000:]
+    return done.stdout
+
+
+def recorded(target: Path, arguments: list[str], expect: int = 0, **environment: str) -> dict[str, np.ndarray]:
+    train(DRIVER, target, *arguments, expect=expect, **environment)
+    return dict(np.load(f"{target}-0.npz"))
+
+
+def check_steps(ranks: list[dict[str, np.ndarray]], data, total: int, accum: int = 1, weight: float = 1.0) -> None:
+    """The loss of all ranks' rows, from features and token ids as recorded."""
+    frequency = pq.read_table(data.table)["frequency"].to_pylist()
+    known = {tuple(open_clip.tokenize([text], 12)[0].tolist()): count for text, count in data.frequency.items()}
+    steps = ranks[0]["step"].tolist()
+    assert steps == [step for step in range(total) for _ in range(accum)]
+    for call, step in enumerate(steps):
+        group = call // accum
+        tokens = np.concatenate([row for rank in ranks for row in rank["tokens"][group * accum : (group + 1) * accum]])
+        of_rows = [known[tuple(row)] for row in tokens.tolist()]
+        tau = torch.from_numpy(reference.temperature(of_rows, frequency, 0.04, 0.05, 0.10, step, total / 5))
+        images, texts = (torch.from_numpy(np.concatenate([r[name][call] for r in ranks])) for name in ("image", "text"))
+        expected = weight * float(reference.info_nce(images, texts, tau))
+        assert [rank["loss"][call] for rank in ranks] == pytest.approx([expected] * len(ranks), abs=1e-6)
+
+
+OPTIONS = {
+    "plain": {},
+    "skip-scheduler": {"skip_scheduler": True},
+    "accumulated": {"accum_freq": 2},
+    "skip-scheduler-accumulated": {"accum_freq": 2, "skip_scheduler": True},
+    "bfloat16": {"precision": "amp_bf16"},
+    "naflex": {"use_naflex": True},  # nested batches; fills them up to 16 samples
+}
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS.items(), ids=OPTIONS)
+def test_every_step_equals_the_reference(name, options, small_model, data, tmp_path):
+    accum = options.get("accum_freq", 1)
+    total = 6 if accum == 2 or name == "naflex" else 12
+    record = recorded(tmp_path / "run", flags(small_model, data, tmp_path, **options))
+    check_steps([record], data, total, accum)
+    if accum > 1:
+        whole = {**options, "accum_freq": 1, "batch_size": 16}
+        full = recorded(tmp_path / "full", flags(small_model, data, tmp_path / "b", **whole))
+        np.testing.assert_allclose(record["loss"], np.repeat(full["loss"], accum), atol=1e-5)
+
+
+RANKS = {"ddp": (1, {}), "accumulated": (2, {"gather_with_grad": True}), "fsdp": (1, {"fsdp": True})}
+
+
+@pytest.mark.parametrize(("accum", "options"), RANKS.values(), ids=RANKS)
+def test_two_ranks_equal_the_reference(accum, options, small_model, data, tmp_path):
+    arguments = flags(small_model, data, tmp_path / "logs", batch_size=6, accum_freq=accum, **options)
+    out = train(*TORCHRUN, DRIVER, tmp_path / "run", *arguments)
+    check_steps([dict(np.load(tmp_path / f"run-{rank}.npz")) for rank in range(2)], data, 8 // accum, accum)
+    assert out.count("MM-TS step ") == 8 // accum
+
+
+def test_coca_keeps_its_caption_loss(data, tmp_path):
+    text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "output_tokens": True}
+    model = write_model(
+        tmp_path / "coca",
+        multimodal_cfg={**text, "mlp_ratio": 2},
+        text_cfg={**text, "embed_cls": True, "output_tokens": True},
+        vision_cfg={**vision, "attentional_pool": True, "attn_pooler_heads": 2},
+        custom_text=True,
+    )
+    record = recorded(tmp_path / "run", flags(model, data, tmp_path, epochs=1, coca_contrastive_loss_weight=0.5))
+    check_steps([record], data, total=6, weight=0.5)
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert min(float(value) for value in re.findall(r"Caption_loss: ([\d.]+)", log)) > 1
+
+
+@pytest.mark.parametrize("strategy", ["model", "task", "step"])
+def test_compiled_equals_eager_and_compiles_once(strategy, small_model, data, tmp_path):
+    eager = recorded(tmp_path / "eager", flags(small_model, data, tmp_path))
+    options = {"torchcompile": True, "torchcompile_strategy": strategy}
+    arguments = flags(small_model, data, tmp_path / "logs", **options)
+    out = train("-m", "open_clip_train.main", *arguments, TORCH_LOGS="recompiles")
+    logged = [float(value) for value in re.findall(r"Train Epoch.* Contrastive_loss: ([\d.]+)", out)]
+    assert logged == pytest.approx(eager["loss"].tolist(), abs=1e-4)
+    assert "Recompiling function" not in out
+
+
+def test_resumed_run_logs_where_the_host_does(small_model, data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    often = {"log_every_n_steps": 4, "log_metric_every_n_steps": 2}
+    arguments = flags(small_model, data, tmp_path, report_to="tensorboard", **often)
+    first = recorded(tmp_path / "first", arguments, expect=9, TEST_DIE_BEFORE_EPOCH="1")
+    second = recorded(tmp_path / "second", [*arguments, "--resume", "latest"])
+    check_steps([{name: np.concatenate([first[name], second[name]]) for name in first}], data, total=12)
+    log = (tmp_path / "run" / "out.log").read_text()
+    lines = [int(step) for step in re.findall(r"MM-TS step (\d+)/12", log)]
+    assert lines == [0, 4, 5, 6, 10, 11]
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    steps = [event.step for event in events.Scalars("train/mmts/tau_base")]
+    assert steps == [event.step for event in events.Scalars("train/logit_scale")] == [0, 2, 4, 5, 6, 8, 10, 11]
+    # OpenCLIP's own line and scalar show the scale of an average sample.
+    frequency = [data.frequency[line.split("\t")[1]] for line in data.csv.read_text().splitlines()[1:]]
+    scale = 1 / reference.temperature(frequency, frequency, 0.04, 0.05, 0.10, 0, 1).mean()
+    assert events.Scalars("train/logit_scale")[0].value == pytest.approx(scale, rel=1e-5)
+    assert f"Logit Scale: {scale:.3f} " in log
+    saved = yaml.safe_load((tmp_path / "run/checkpoints/mmts.yaml").read_text())
+    assert saved["host_version"].startswith("4.")
+
+
+REFUSED = {
+    "siglip": (["--siglip"], "--siglip has no temperature per row"),
+    "distill": (["--distill-model", "RN50", "--distill-pretrained", "openai"], "--distill-model is not supported"),
+    "genlip": (["--model", "naflexgenlip_test"], "--model naflexgenlip_test is generative"),
+    "genlap": (["--model", "naflexgenlap_test_1d"], "--model naflexgenlap_test_1d is generative"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(changes, message, small_model, data, tmp_path):
+    out = train("-m", "open_clip_train.main", *flags(small_model, data, tmp_path), *changes, expect=1)
+    assert out.splitlines()[-1].startswith(f"mmts: error: {message}")
+    assert not list(tmp_path.iterdir())
