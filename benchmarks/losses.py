@@ -1,7 +1,7 @@
 """Time and memory of the losses, forward and backward, against OpenCLIP's ClipLoss and the explicit forms.
 
     python benchmarks/losses.py                       # N = 256 ... 4096, time ratios and memory
-    python benchmarks/losses.py --sizes 8192 16384 32768 65536 --only ours --rounds 1
+    python benchmarks/losses.py --sizes 8192 16384 32768 65536 --only ours --rounds 0 --limit-gb 1
     python benchmarks/losses.py --output results      # results.json, results.md, results.png
 
 All implementations take turns, round by round, in one process; a ratio is the median over rounds of the paired ratios
@@ -81,17 +81,23 @@ def pairs(n: int, d: int, positive: float) -> tuple[Tensor, Tensor]:
     return images, F.normalize(positive * images + (1 - positive**2) ** 0.5 * noise, dim=1)
 
 
-def implementations(dimension: int) -> dict[str, tuple[Loss, float, str, bool]]:
-    """Name to (loss, similarity of pairs, kind of temperature, whether it is ours)."""
+def implementations(dimension: int) -> dict[str, tuple[Loss, float, str, bool, int]]:
+    """Name to (loss, similarity of pairs, kind of temperature, whether it is ours, N x N matrices it needs)."""
     return {
-        "ClipLoss (OpenCLIP)": (clip_loss(), 0.3, "temperature", False),
-        "InfoNCE, explicit": (naive_info_nce, 0.3, "temperature", False),
-        "InfoNCE, one N x N kept": (lambda i, t, x: info_nce(i, t, x, memory_budget=1 << 62), 0.3, "temperature", True),
-        "InfoNCE, none kept": (lambda i, t, x: info_nce(i, t, x, memory_budget=0), 0.3, "temperature", True),
-        "max-margin, explicit": (naive_max_margin, 0.2, "margin", False),
-        "max-margin, 50% active": (max_margin, 0.2, "margin", True),
-        "max-margin, 1% active": (max_margin, 0.2 + 3.3 / dimension**0.5, "margin", True),
-        "three matrix products": (three_products, 0.3, "temperature", False),  # type: ignore[dict-item]
+        "ClipLoss (OpenCLIP)": (clip_loss(), 0.3, "temperature", False, 5),
+        "InfoNCE, explicit": (naive_info_nce, 0.3, "temperature", False, 5),
+        "InfoNCE, one N x N kept": (
+            lambda i, t, x: info_nce(i, t, x, memory_budget=1 << 62),
+            0.3,
+            "temperature",
+            True,
+            1,
+        ),
+        "InfoNCE, none kept": (lambda i, t, x: info_nce(i, t, x, memory_budget=0), 0.3, "temperature", True, 0),
+        "max-margin, explicit": (naive_max_margin, 0.2, "margin", False, 27),
+        "max-margin, 50% active": (max_margin, 0.2, "margin", True, 0),
+        "max-margin, 1% active": (max_margin, 0.2 + 3.3 / dimension**0.5, "margin", True, 0),
+        "three matrix products": (three_products, 0.3, "temperature", False, 1),  # type: ignore[dict-item]
     }
 
 
@@ -110,21 +116,22 @@ def step(loss: Loss, images: Tensor, texts: Tensor, temperature: Tensor) -> None
         loss(images, texts, temperature).backward()
 
 
-def peak_bytes(loss: Loss, *arguments: Tensor) -> int:
-    """Peak of live bytes that one forward and backward adds."""
+def peak_bytes(loss: Loss, *arguments: Tensor) -> tuple[int, float]:
+    """Peak of live bytes that one forward and backward adds, and the CPU seconds it took."""
     from torch.profiler import ProfilerActivity, profile
 
-    step(loss, *arguments)
     arguments[0].grad = arguments[1].grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        begin = time.process_time()
         loss(*arguments).backward()
+        seconds = time.process_time() - begin
     live = peak = 0
     for event in sorted(
         (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
     ):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    return peak, seconds
 
 
 def measure(sizes: list[int], dimension: int, rounds: int, only: str, limit_gb: float) -> list[dict[str, object]]:
@@ -132,28 +139,29 @@ def measure(sizes: list[int], dimension: int, rounds: int, only: str, limit_gb: 
     for n in sizes:
         chosen = {
             name: (loss, inputs(n, dimension, positive, kind))
-            for name, (loss, positive, kind, ours) in implementations(dimension).items()
-            # The explicit forms need up to 27 N x N matrices.
-            if (only == "all" or ours) and (ours or 27 * 4 * n * n < limit_gb * 2**30)
+            for name, (loss, positive, kind, ours, squares) in implementations(dimension).items()
+            if (only == "all" or ours) and squares * 4 * n * n < limit_gb * 2**30
         }
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
-        for number in range(rounds + 1):
+        for number in range(rounds + 1 if rounds else 0):
             for name, (loss, arguments) in chosen.items():
                 begin = time.process_time()
                 step(loss, *arguments)
-                if number or rounds == 1:
+                if number:
                     seconds[name].append(time.process_time() - begin)
         for name, (loss, arguments) in chosen.items():
-            row: dict[str, object] = {"n": n, "loss": name, "seconds": statistics.median(seconds[name])}
+            row: dict[str, object] = {"n": n, "loss": name}
+            if loss is not three_products:
+                peak, once = peak_bytes(loss, *arguments)
+                row["megabytes"] = peak / 2**20
+            row["seconds"] = statistics.median(seconds[name] or [once])
             for key, other in (
                 ("to ClipLoss", "ClipLoss (OpenCLIP)"),
                 ("to explicit max-margin", "max-margin, explicit"),
                 ("to three products", "three matrix products"),
             ):
-                if other in seconds:
+                if rounds and other in seconds:
                     row[key] = statistics.median(a / b for a, b in zip(seconds[name], seconds[other]))
-            if loss is not three_products:
-                row["megabytes"] = peak_bytes(loss, *arguments) / 2**20
             rows.append(row)
             print(_line(row), flush=True)
     return rows
@@ -198,10 +206,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], metavar="N")
     parser.add_argument("--dimension", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds after one warm-up (default: 5)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="counted rounds after one warm-up (default: 5); 0 takes the time of the one run that counts memory",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("all", "ours"), default="all")
-    parser.add_argument("--limit-gb", type=float, default=8, help="leave out explicit forms beyond this memory")
+    parser.add_argument(
+        "--limit-gb", type=float, default=8, help="leave out what needs more than this for its N x N matrices"
+    )
     parser.add_argument("--append", type=Path, help="rows of an earlier .json to plot and tabulate along")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
     args = parser.parse_args()

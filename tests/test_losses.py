@@ -195,6 +195,7 @@ def test_half_features_are_lifted_before_the_product(function, dtype):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch.compile takes the losses whole from 2.4 on")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_a_graph_break(kind):
     images, texts = unit(6, 4, 11).float(), unit(6, 4, 12).float()
@@ -389,7 +390,7 @@ def peak_bytes(function, *arguments, **options) -> int:
         function(*arguments, **options).backward()
     live = peak = 0
     events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(events, key=lambda e: e.start_ns() if hasattr(e, "start_ns") else e.start_us()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak

@@ -1,7 +1,4 @@
-"""OpenCLIP's main branch (4.x: ``create_task``), run from a checkout: every step's loss against one computed apart.
-
-The checkout is named by the environment: ``OPEN_CLIP_ROOT=/path/to/open_clip pytest tests/test_openclip_main.py``.
-"""
+"""OpenCLIP's main branch (4.x), run from the checkout ``$OPEN_CLIP_ROOT``: every step's loss against one apart."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
-import yaml
 from conftest import REPOSITORY, openclip_flags, run_python, write_model
 
 open_clip = pytest.importorskip("open_clip", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
@@ -63,9 +59,8 @@ def check_steps(ranks: list[dict[str, np.ndarray]], data, total: int, accum: int
 
 OPTIONS = {
     "plain": {},
-    "skip-scheduler": {"skip_scheduler": True},
     "accumulated": {"accum_freq": 2},
-    "skip-scheduler-accumulated": {"accum_freq": 2, "skip_scheduler": True},
+    "skip-scheduler": {"accum_freq": 2, "skip_scheduler": True},
     "bfloat16": {"precision": "amp_bf16"},
     "naflex": {"use_naflex": True},  # nested batches; fills them up to 16 samples
 }
@@ -113,8 +108,7 @@ def test_coca_keeps_its_caption_loss(data, tmp_path):
 @pytest.mark.parametrize("strategy", ["model", "task", "step"])
 def test_compiled_equals_eager_and_compiles_once(strategy, small_model, data, tmp_path):
     eager = recorded(tmp_path / "eager", flags(small_model, data, tmp_path))
-    options = {"torchcompile": True, "torchcompile_strategy": strategy}
-    arguments = flags(small_model, data, tmp_path / "logs", **options)
+    arguments = flags(small_model, data, tmp_path / "logs", torchcompile=True, torchcompile_strategy=strategy)
     out = train("-m", "open_clip_train.main", *arguments, TORCH_LOGS="recompiles")
     logged = [float(value) for value in re.findall(r"Train Epoch.* Contrastive_loss: ([\d.]+)", out)]
     assert logged == pytest.approx(eager["loss"].tolist(), abs=1e-4)
@@ -129,8 +123,7 @@ def test_resumed_run_logs_where_the_host_does(small_model, data, tmp_path):
     second = recorded(tmp_path / "second", [*arguments, "--resume", "latest"])
     check_steps([{name: np.concatenate([first[name], second[name]]) for name in first}], data, total=12)
     log = (tmp_path / "run" / "out.log").read_text()
-    lines = [int(step) for step in re.findall(r"MM-TS step (\d+)/12", log)]
-    assert lines == [0, 4, 5, 6, 10, 11]
+    assert re.findall(r"MM-TS step (\d+)/12", log) == ["0", "4", "5", "6", "10", "11"]
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     steps = [event.step for event in events.Scalars("train/mmts/tau_base")]
     assert steps == [event.step for event in events.Scalars("train/logit_scale")] == [0, 2, 4, 5, 6, 8, 10, 11]
@@ -139,8 +132,7 @@ def test_resumed_run_logs_where_the_host_does(small_model, data, tmp_path):
     scale = 1 / reference.temperature(frequency, frequency, 0.04, 0.05, 0.10, 0, 1).mean()
     assert events.Scalars("train/logit_scale")[0].value == pytest.approx(scale, rel=1e-5)
     assert f"Logit Scale: {scale:.3f} " in log
-    saved = yaml.safe_load((tmp_path / "run/checkpoints/mmts.yaml").read_text())
-    assert saved["host_version"].startswith("4.")
+    assert "host_version: 4." in (tmp_path / "run/checkpoints/mmts.yaml").read_text()
 
 
 REFUSED = {
