@@ -140,12 +140,19 @@ class _MaxMargin(torch.autograd.Function):
         threshold = (images * texts).sum(1) - margin
         total, grad_texts, grad_images, active = _tiles.hinges(texts, images, threshold, any(ctx.needs_input_grad))
         ctx.share = 1.0 / max(2 * n * (n - 1), 1)
-        ctx.save_for_backward(grad_images, grad_texts, active)
+        ctx.save_for_backward(images, texts, threshold)
+        ctx.gradients = (grad_texts, grad_images, active)
         return total * ctx.share
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        grad_images, grad_texts, active = ctx.saved_tensors
-        factor = grad * ctx.share
-        return grad_images * factor, grad_texts * factor, active * factor
+        if ctx.gradients is None:  # a second backward over the same graph
+            images, texts, threshold = ctx.saved_tensors
+            _, *gradients = _tiles.hinges(texts, images, threshold, True)
+        else:
+            gradients = ctx.gradients
+        # Scaled in place and given away, so that they never exist twice.
+        ctx.gradients = None
+        grad_texts, grad_images, active = (gradient.mul_(grad * ctx.share) for gradient in gradients)
+        return grad_images, grad_texts, active
