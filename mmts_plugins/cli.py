@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import Optional
@@ -14,6 +15,8 @@ from .errors import ConfigError, MMTSError
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; the exit status is 0, or 2 after an error that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # captions hold what a terminal's encoding may not
     try:
         if arguments[:1] == ["run"] and arguments[1:2] not in ([], ["-h"], ["--help"]):
             return _launch(arguments[1:])  # what follows belongs to the host, flags and all
@@ -22,6 +25,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except MMTSError as error:
         print(f"mmts: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("mmts: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,6 +52,7 @@ class Host:
     Attributes:
         name: as users write it.
         distribution: the name under which it is installed.
+        package: what it is imported as; says the version of a checkout that shadows an installed one.
         versions: the range of versions that these seams were run on, for messages.
         seams: in no particular order; each is installed on its own.
         start_modules: what ``python -m`` or a launcher is given to start this host.
@@ -59,6 +60,7 @@ class Host:
 
     name: str
     distribution: str
+    package: str
     versions: str
     seams: Sequence[Seam]
     start_modules: tuple[str, ...]
@@ -66,7 +68,10 @@ class Host:
     _replacements: dict[Seam, Any] = field(default_factory=dict)
 
     def version(self) -> str:
-        """The installed version; ``"not installed"`` where there is none."""
+        """The version imported, else installed; ``"not installed"`` where there is none."""
+        imported = getattr(sys.modules.get(self.package), "__version__", None)
+        if imported is not None:
+            return str(imported)
         try:
             return metadata.version(self.distribution)
         except metadata.PackageNotFoundError:

@@ -55,8 +55,7 @@ def _parse_args(original: Callable[..., Any], args: Any) -> Any:
     from ..adapters.openclip import Run
 
     _run = Run(flags, parsed)
-    # Of what is imported: a checkout on PYTHONPATH shadows an installed package.
-    _run.host_version = getattr(sys.modules.get("open_clip"), "__version__", None) or HOST.version()
+    _run.host_version = HOST.version()
     return parsed
 
 
@@ -172,7 +171,8 @@ def _log(args: Any, writer: Any, values: dict[str, float], step: int) -> None:
 HOST = Host(
     name="OpenCLIP",
     distribution="open_clip_torch",
-    versions="3.3 (and main, 4.x)",
+    package="open_clip",
+    versions="3.3 and main (4.x)",
     seams=(
         Seam("open_clip_train.params", "parse_args", ("args",), _parse_args),
         Seam("open_clip_train.data", "get_data", ("args", "epoch", "tokenizer"), _get_data),

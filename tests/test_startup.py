@@ -164,7 +164,7 @@ sys.path.insert(0, {folder!r})
 from mmts_plugins.patches._target import Host, Seam
 from mmts_plugins import _hooks
 def wrapper(original, *args): return "ours:" + original(*args)
-host = Host("Tiny", "tiny-host", "1.0", (Seam("tiny.leaf", "make", ("args",), wrapper),), ("tiny.main",))
+host = Host("Tiny", "tiny-host", "tiny", "1.0", (Seam("tiny.leaf", "make", ("args",), wrapper),), ("tiny.main",))
 seam = host.seams[0]
 """
 
