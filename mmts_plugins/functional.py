@@ -95,7 +95,7 @@ class _InfoNCE(torch.autograd.Function):
         kept_rows = 0
         if any(ctx.needs_input_grad[:2]):
             affordable = memory_budget // (n * images.element_size())
-            step = _tiles.rows_per_tile(n, n)
+            step = _tiles.rows_per_tile(n, n, images.device)
             kept_rows = n if affordable >= n else affordable // step * step
         row_sums, column_sums, kept = _tiles.log_sums(images, texts, scale, kept_rows)
         positive = (images * texts).sum(1)
