@@ -224,6 +224,7 @@ def main() -> None:
     print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
     rows = json.loads(args.append.read_text())["rows"] if args.append else []
     rows += measure(args.sizes, args.dimension, args.rounds, args.only, args.limit_gb)
+    rows.sort(key=lambda row: int(row["n"]))
     if args.output:
         machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads}
         args.output.with_suffix(".json").write_text(json.dumps({**machine, "rows": rows}, indent=1))
