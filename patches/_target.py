@@ -104,18 +104,18 @@ class Host:
         except metadata.PackageNotFoundError:
             return "not installed"
 
-    def install(self) -> None:
-        """Arm every seam. Idempotent; modules imported already are patched at once.
+    def install(self, module: Optional[str] = None) -> None:
+        """Arm every seam, or those of one module. Idempotent; modules imported already are patched at once.
 
         Raises:
             SeamError: a module is there and its seam is not what we know, or others hold the original already.
         """
-        for module, action in self.on_import.items():
-            if module not in self._imports:
-                _hooks.after_import(module, action)
-                self._imports.append(module)
+        for name, action in self.on_import.items():
+            if name not in self._imports and module in (None, name):
+                _hooks.after_import(name, action)
+                self._imports.append(name)
         for seam in self.seams:
-            if seam not in self._hooks:
+            if seam not in self._hooks and module in (None, seam.module):
                 hook = self._hook(seam)
                 _hooks.after_import(seam.module, hook)
                 self._hooks[seam] = hook

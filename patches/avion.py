@@ -81,7 +81,7 @@ class _Tags:
 
 
 def _restored(indices: list[int]) -> _Tags:
-    HOST.install()
+    HOST.install("avion.data.clip_dataset")
     return _Tags(indices)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -244,11 +245,6 @@ def test_unknown_classes_get_what_the_user_says(metadata, tmp_path):
 def test_other_scripts_of_avion_are_refused(tmp_path):
     script = tmp_path / "run_with_submit_lavila_finetune_mir.py"
     script.write_text("import avion.losses.losses\nprint('trained')\n")
-    done = run_python(
-        *("-c", f"import sys, runpy, mmts_plugins; sys.argv = [{str(script)!r}, '--loss', 'mmts']"),
-        PYTHONPATH=str(REPOSITORY),
-    )
-    assert done.returncode == 0, done.stdout
     code = (
         f"import sys, runpy, mmts_plugins; mmts_plugins.install(); sys.argv = [{str(script)!r}, '--loss', 'mmts']; "
         "runpy.run_path(sys.argv[0])"
@@ -312,8 +308,10 @@ needs_avion = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def real_data(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("avion") / "data"
+def real_data():
+    # Not under pytest's own folder: AVION replaces "test" anywhere in a path.
+    with tempfile.TemporaryDirectory(prefix="avion-") as folder:
+        yield Path(folder) / "data"
 
 
 def run_real(folder: Path, real: Path, name: str, *flags: object, ranks: int = 1, code: int = 0, **more):

@@ -1,5 +1,6 @@
 import argparse
 import os
+import random
 
 import avion.utils.distributed as dist_utils
 import torch
@@ -36,6 +37,7 @@ def get_args_parser():
 def main(args):
     dist_utils.init_distributed_mode(args)
     torch.manual_seed(0)
+    random.seed(0)
     model = Model()
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model)
