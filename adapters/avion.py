@@ -176,7 +176,9 @@ class Run:
             family = InfoNCELoss if self.config.loss == INFONCE else MaxMarginLoss
             self._loss = family(host_loss.local_loss, host_loss.gather_with_grad, host_loss.rank, host_loss.world_size)
         margin = self.runtime.base + self.runtime.shift(tags)
-        loss = self._loss(F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1), margin)
+        # In float32 whatever AMP makes of the features: InfoNCE expects them normalised.
+        images, texts = (F.normalize(features.float(), dim=-1) for features in (image_features, text_features))
+        loss = self._loss(images, texts, margin)
         self._report(margin)
         return {"loss": loss, "max_margin_loss": loss.detach()}
 
