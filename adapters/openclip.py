@@ -5,7 +5,6 @@ Imports without OpenCLIP and patches nothing; :mod:`mmts_plugins.patches.opencli
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
+from ..distributed import check_ranks_agree
 from ..errors import ConfigError, SeamError, TableError
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
@@ -124,6 +124,8 @@ class Run:
     def __init__(self, flags: dict[str, Any], args: Any) -> None:
         self.config: Config = resolve(flags, INFONCE, DEFAULT_PRESETS)
         self.allow_change = bool(flags.get("mmts_allow_config_change"))
+        if self.config.distribution is not None:
+            raise ConfigError("--mmts-distribution counts AVION's classes; OpenCLIP takes --mmts-clusters")
         _refuse_unsupported(args)
         self.table: Optional[ClusterTable] = None
         if self.config.clusters is not None:
@@ -162,7 +164,7 @@ class Run:
             self.config, steps, self.table.content_hash if self.table else None, "open_clip_torch", self.host_version
         )
         if args.distributed:
-            _check_ranks_agree(values, args.rank, args.world_size, device)
+            check_ranks_agree(values, args.rank, args.world_size, device)
         master = args.rank == 0
         # An epoch above zero tells a resumed training checkpoint from bare weights to start from.
         if first_epoch > 0 and args.resume:
@@ -367,24 +369,6 @@ def _refuse_unsupported(args: Any) -> None:
         raise ConfigError("--torchscript is not supported with --loss mmts: it takes no hooks; use --torchcompile")
     if getattr(args, "horovod", False):
         raise ConfigError("--horovod is not supported with --loss mmts; launch with torchrun")
-
-
-def _check_ranks_agree(values: dict[str, Any], rank: int, world_size: int, device: torch.device) -> None:
-    """Each rank reads its own flags and files: all must have read the same."""
-    text = json.dumps({name: value for name, value in values.items() if name != "clusters"}).encode()
-    mine = torch.zeros(4096, dtype=torch.uint8, device=device)
-    mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(everyone, mine)
-    first = json.loads(bytes(everyone[0].tolist()).rstrip(b"\0"))
-    for other in range(1, world_size):
-        theirs = json.loads(bytes(everyone[other].tolist()).rstrip(b"\0"))
-        for name, value in theirs.items():
-            if value != first[name]:
-                raise ConfigError(
-                    f"ranks 0 and {other} differ in {name}: {first[name]!r} and {value!r}; every rank must be given "
-                    "the same flags and the same cluster table"
-                )
 
 
 def _logit_scale(model: Any) -> Optional[Tensor]:

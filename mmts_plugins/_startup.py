@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-_HOST_WORDS = ("open_clip_train",)
+_HOST_WORDS = ("open_clip_train", "main_lavila_finetune_mir")
 _started = False
 
 
@@ -59,7 +59,9 @@ def _refuse(reason: str) -> None:
     from . import _hooks
 
     def refuse(module: object) -> None:
+        if hasattr(module, "MMTSMaxMarginRankingLoss"):
+            return  # the MM-TS authors' fork of AVION: flags of our names are its own
         raise SystemExit(f"mmts: error: {reason}")
 
-    for module in ("open_clip_train.params", "training.params"):
+    for module in ("open_clip_train.params", "training.params", "avion.losses.losses"):
         _hooks.after_import(module, refuse)

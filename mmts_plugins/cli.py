@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Optional
@@ -71,7 +72,7 @@ def _launch(arguments: list[str]) -> int:
     target, rest = (arguments[1], arguments[2:]) if as_module else (arguments[0], arguments[1:])
     if asks_for_us(rest):
         known = [name for host in registry.hosts() for name in host.start_modules]
-        if target not in known:
+        if (target if as_module else os.path.basename(target)) not in known:
             raise ConfigError(f"no adapter for {target!r}, so --loss mmts would do nothing; known: {', '.join(known)}")
     sys.argv = [target, *rest]
     if as_module:

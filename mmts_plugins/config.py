@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 LOSSES = ("mmts", INFONCE, MAX_MARGIN)
 MISSING = ("error", "tail", "mean")
+DISTRIBUTIONS = ("noun", "verb", "verb_noun")
 FILE_NAME = "mmts.yaml"
 DEFAULT_OSCILLATIONS = 5.0
 _SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
@@ -44,6 +45,7 @@ class Config:
     no_schedule: bool = False
     no_shifts: bool = False
     missing: str = "tail"
+    distribution: Optional[str] = None
 
     def __post_init__(self) -> None:
         for name in ("alpha", "shift_min", "shift_max", "num_oscillations", "period"):
@@ -60,7 +62,7 @@ class Config:
                 raise ConfigError(f"{_flag(name)} is {value}: it must be above zero")
         if (self.num_oscillations is None) == (self.period is None):
             raise ConfigError("give either --mmts-num-oscillations or --mmts-period, not both")
-        if self.clusters is None and not self.no_shifts:
+        if self.clusters is None and self.distribution is None and not self.no_shifts:
             raise ConfigError(
                 "--loss mmts needs the cluster table of the training captions: --mmts-clusters FILE "
                 "(make it with: mmts cluster CAPTIONS -o FILE), or --mmts-no-shifts for the schedule alone"
@@ -139,6 +141,12 @@ def flag_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"the paper's alpha and shifts: {', '.join(PRESETS)}; the host has a default",
     )
+    group.add_argument(
+        "--mmts-distribution",
+        choices=DISTRIBUTIONS,
+        help="AVION: the class whose count is a sample's frequency (default: noun); without --mmts-clusters it is "
+        "counted in --train-metadata",
+    )
     group.add_argument("--mmts-alpha", type=float, metavar="A", help="peak-to-peak amplitude of the cosine (Eq. 7)")
     group.add_argument("--mmts-shift-min", type=float, metavar="S", help="shift of the rarest concept (Eq. 6)")
     group.add_argument("--mmts-shift-max", type=float, metavar="S", help="shift of the most common concept (Eq. 6)")
@@ -193,13 +201,16 @@ def split_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return vars(given), rest
 
 
-def resolve(flags: dict[str, Any], family: str, default_presets: dict[str, str]) -> Config:
+def resolve(
+    flags: dict[str, Any], family: str, default_presets: dict[str, str], defaults: Optional[dict[str, Any]] = None
+) -> Config:
     """Flags over the config file over the preset, checked.
 
     Args:
         flags: from :func:`split_flags`.
         family: what ``--loss mmts`` means in this host, ``mmts-infonce`` or ``mmts-max-margin``.
         default_presets: for each of the two losses, the preset of a run that names none.
+        defaults: of other fields, where this host's differ from :class:`Config`'s.
 
     Raises:
         ConfigError: naming the flag or the field of the file.
@@ -230,6 +241,9 @@ def resolve(flags: dict[str, Any], family: str, default_presets: dict[str, str])
         values.setdefault(name, getattr(base, name))
     if values.get("period") is not None:
         values["num_oscillations"] = None
+    for name, default in (defaults or {}).items():
+        if values.get(name) is None:
+            values[name] = default
     config = Config(**values)
     config.warn_if_extreme()
     return config
@@ -258,6 +272,8 @@ def load_file(path: PathLike) -> dict[str, Any]:
                 raise ConfigError(f"{path}: field {name!r} has the wrong type: {value!r}")
             if name == "missing" and value not in MISSING:
                 raise ConfigError(f"{path}: field 'missing' is {value!r}; choose from {', '.join(MISSING)}")
+            if name == "distribution" and value is not None and value not in DISTRIBUTIONS:
+                raise ConfigError(f"{path}: field 'distribution' is {value!r}; choose from {', '.join(DISTRIBUTIONS)}")
             values[name] = value
         elif name not in RECORDED:
             close = difflib.get_close_matches(name, sorted(names), n=1)

@@ -10,6 +10,7 @@ loss reach its own features (and, with ``local_loss``, only as anchors).
 
 from __future__ import annotations
 
+import json
 from typing import Any, Optional
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _tiles
+from .errors import ConfigError
 from .functional import full_precision, once_differentiable
 
 
@@ -173,3 +175,25 @@ def rank_max_margin(
         images, texts = full_precision(image_features), full_precision(text_features)
         loss: Tensor = _RankMaxMargin.apply(images, texts, margin.to(images.dtype), rank, world_size, gather_with_grad)
         return loss
+
+
+def check_ranks_agree(values: dict[str, Any], rank: int, world_size: int, device: torch.device) -> None:
+    """Each rank reads its own flags and files: all must have read the same.
+
+    Raises:
+        ConfigError: naming the ranks and the field that differs.
+    """
+    text = json.dumps({name: value for name, value in values.items() if name != "clusters"}).encode()
+    mine = torch.zeros(4096, dtype=torch.uint8, device=device)
+    mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyone, mine)
+    first = json.loads(bytes(everyone[0].tolist()).rstrip(b"\0"))
+    for other in range(1, world_size):
+        theirs = json.loads(bytes(everyone[other].tolist()).rstrip(b"\0"))
+        for name, value in theirs.items():
+            if value != first[name]:
+                raise ConfigError(
+                    f"ranks 0 and {other} differ in {name}: {first[name]!r} and {value!r}; every rank must be given "
+                    "the same flags and the same cluster table"
+                )

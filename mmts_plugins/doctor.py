@@ -66,7 +66,7 @@ def _hosts() -> int:
         version = host.version()
         print(f"host {host.name} ({host.distribution} {version}; known: {host.versions})")
         if version == "not installed":
-            _line("absent", f"pip install 'mmts-plugins[{host.name.lower()}]'")
+            _line("absent", host.checkout or f"pip install 'mmts-plugins[{host.name.lower()}]'")
             continue
         found += 1
         try:

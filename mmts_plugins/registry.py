@@ -37,10 +37,11 @@ def hosts() -> list[Host]:
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(HostSpec)
         manager.load_setuptools_entrypoints(GROUP)
-        from .patches import openclip
+        from .patches import avion, openclip
 
-        if not manager.is_registered(openclip):  # running from a checkout, without installed metadata
-            manager.register(openclip)
+        for built_in in (openclip, avion):  # running from a checkout, without installed metadata
+            if not manager.is_registered(built_in):
+                manager.register(built_in)
         _hosts.extend(manager.hook.mmts_host())
     return list(_hosts)
 

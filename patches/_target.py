@@ -1,20 +1,22 @@
 """A seam, and installing a host's table of them.
 
-A seam is a function of a host that we replace right after its module is imported, before other modules bind it. The
-replacement calls the original wherever the run does not ask for us.
+A seam is a function, or a method of a class, that we replace right after its module is imported, before other modules
+bind it. The replacement calls the original wherever the run does not ask for us. Classes stay what they are: picklable,
+and the same object for whoever imported them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 from .. import _hooks
 from ..errors import SeamError
@@ -26,10 +28,10 @@ Wrapper = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Seam:
-    """One function of a host.
+    """One function or method of a host.
 
     Attributes:
-        module, attribute: where it is *defined* (not where it is re-exported).
+        module, attribute: where it is *defined* (not where it is re-exported). A method is ``"Class.method"``.
         parameters: names that must be among its parameters; what our wrapper relies on.
         wrapper: ``wrapper(original, *args, **kwargs)``, called instead of it.
         required: whether a host without this attribute is one we do not know. ``False`` where host versions differ.
@@ -44,6 +46,20 @@ class Seam:
     def __str__(self) -> str:
         return f"{self.module}.{self.attribute}"
 
+    def current(self, module: Optional[ModuleType]) -> Any:
+        """What stands there now; ``None`` where nothing does."""
+        found: Any = module
+        for name in self.attribute.split("."):
+            found = getattr(found, name, None)
+        return found
+
+    def put(self, module: ModuleType, value: Any) -> None:
+        *owners, name = self.attribute.split(".")
+        owner: Any = module
+        for part in owners:
+            owner = getattr(owner, part)
+        setattr(owner, name, value)
+
 
 @dataclass
 class Host:
@@ -55,7 +71,9 @@ class Host:
         package: what it is imported as; says the version of a checkout that shadows an installed one.
         versions: the range of versions that these seams were run on, for messages.
         seams: in no particular order; each is installed on its own.
-        start_modules: what ``python -m`` or a launcher is given to start this host.
+        start_modules: what ``python -m`` or a launcher is given to start this host: modules, or names of scripts.
+        on_import: functions called right after a module of the host is imported, before its seams are looked at.
+        checkout: for a host that is no package: where to get it. It counts as installed where it can be imported.
     """
 
     name: str
@@ -64,6 +82,9 @@ class Host:
     versions: str
     seams: Sequence[Seam]
     start_modules: tuple[str, ...]
+    on_import: Mapping[str, Callable[[ModuleType], None]] = field(default_factory=dict)
+    checkout: str = ""
+    _imports: list[str] = field(default_factory=list)
     _hooks: dict[Seam, Callable[[ModuleType], None]] = field(default_factory=dict)
     _replacements: dict[Seam, Any] = field(default_factory=dict)
 
@@ -72,33 +93,46 @@ class Host:
         imported = getattr(sys.modules.get(self.package), "__version__", None)
         if imported is not None:
             return str(imported)
+        if self.checkout:
+            try:
+                found = importlib.util.find_spec(self.seams[0].module)
+            except ImportError:
+                found = None
+            return "not installed" if found is None else "checkout"
         try:
             return metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
             return "not installed"
 
-    def install(self) -> None:
-        """Arm every seam. Idempotent; modules imported already are patched at once.
+    def install(self, module: Optional[str] = None) -> None:
+        """Arm every seam, or those of one module. Idempotent; modules imported already are patched at once.
 
         Raises:
             SeamError: a module is there and its seam is not what we know, or others hold the original already.
         """
+        for name, action in self.on_import.items():
+            if name not in self._imports and module in (None, name):
+                _hooks.after_import(name, action)
+                self._imports.append(name)
         for seam in self.seams:
-            if seam not in self._hooks:
+            if seam not in self._hooks and module in (None, seam.module):
                 hook = self._hook(seam)
                 _hooks.after_import(seam.module, hook)
                 self._hooks[seam] = hook
 
     def uninstall(self) -> None:
         """Put the originals back. What another tool has wrapped since stays, and passes everything through."""
+        while self._imports:
+            module_name = self._imports.pop()
+            _hooks.remove(module_name, self.on_import[module_name])
         for seam, hook in list(self._hooks.items()):
             _hooks.remove(seam.module, hook)
             del self._hooks[seam]
             module = sys.modules.get(seam.module)
-            current: Any = getattr(module, seam.attribute, None)
+            current = seam.current(module)
             # By identity: functools.wraps copies our marker onto what another tool puts around us.
-            if current is not None and current is self._replacements.pop(seam, None):
-                setattr(module, seam.attribute, current.__wrapped__)
+            if module is not None and current is not None and current is self._replacements.pop(seam, None):
+                seam.put(module, current.__wrapped__)
             elif current is not None and _wrapped_inside(current, str(seam)):
                 logger.warning("MM-TS: %s was wrapped by another tool after us; switched off in place", seam)
 
@@ -107,7 +141,7 @@ class Host:
         module = sys.modules.get(seam.module)
         if module is None:
             return "armed" if seam in self._hooks else "not armed"
-        current = getattr(module, seam.attribute, None)
+        current = seam.current(module)
         if current is None:
             return "absent"
         return "installed" if _wrapped_inside(current, str(seam)) else "not armed"
@@ -118,7 +152,7 @@ class Host:
         Raises:
             SeamError: it is missing or lacks a parameter; the message names host, version and seam.
         """
-        original = getattr(module, seam.attribute, None)
+        original = seam.current(module)
         if original is None:
             if not seam.required:
                 return None
@@ -137,17 +171,17 @@ class Host:
 
     def _hook(self, seam: Seam) -> Callable[[ModuleType], None]:
         def hook(module: ModuleType) -> None:
-            current = getattr(module, seam.attribute, None)
+            current = seam.current(module)
             if current is not None and _wrapped_inside(current, str(seam)):
                 return
             original = self.check(seam, module)
             if original is None:
                 return
             self._replacements[seam] = self._replacement(seam, original)
-            setattr(module, seam.attribute, self._replacements[seam])
+            seam.put(module, self._replacements[seam])
             holders = _holders(original, seam.attribute)
             if holders:
-                setattr(module, seam.attribute, original)
+                seam.put(module, original)
                 raise SeamError(
                     f"{self.name}: {', '.join(holders)} imported {seam} before mmts_plugins was installed; call "
                     "mmts_plugins.install() before importing the host"

@@ -1,0 +1,33 @@
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from torch import nn
+
+
+class MaxMarginRankingLoss(nn.Module):
+    def __init__(
+        self,
+        margin=0.2,
+        fix_norm=True,
+        local_loss=False,
+        gather_with_grad=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    ):
+        super().__init__()
+        self.margin = margin
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(self, image_features, text_features, weight=None):
+        if dist.is_initialized():
+            image_features = torch.cat(dist.nn.all_gather(image_features))
+            text_features = torch.cat(dist.nn.all_gather(text_features))
+        scores = F.normalize(text_features, dim=-1) @ F.normalize(image_features, dim=-1).T
+        others = ~torch.eye(len(scores), dtype=torch.bool)
+        hinges = F.relu(self.margin - scores.diag()[:, None] + torch.stack([scores, scores.T]))[:, others]
+        return {"loss": hinges.mean(), "max_margin_loss": hinges.mean()}

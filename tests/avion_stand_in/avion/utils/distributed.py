@@ -1,0 +1,11 @@
+import os
+
+import torch
+
+
+def init_distributed_mode(args):
+    args.distributed = "RANK" in os.environ
+    if args.distributed:
+        args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        args.gpu = int(os.environ["LOCAL_RANK"])
+        torch.distributed.init_process_group("gloo")
