@@ -88,8 +88,7 @@ class Run:
         if self.table is None and not self.config.no_shifts:
             assert self.config.distribution is not None
             self.table = count_classes(args.train_metadata, self.config.distribution)
-        for name, value in vars(self.config).items():  # printed, and kept in AVION's checkpoints
-            setattr(args, "loss" if name == "loss" else f"mmts_{name}", value)
+        self.config.publish(args)
 
     def tags(self, samples: Sequence[Any]) -> list[int]:
         """For each of AVION's training samples the index of its own segment's class in the table.

@@ -135,8 +135,7 @@ class Run:
                     f"{self.table.source}: a table of class ids, but OpenCLIP's samples are found by caption; make one "
                     "of captions (mmts cluster CAPTIONS --column title, with --label-column for class labels)"
                 )
-        for name, value in vars(self.config).items():
-            setattr(args, "loss" if name == "loss" else f"mmts_{name}", value)
+        self.config.publish(args)
         self.runtime: Optional[Runtime] = None
         self.lookup: Optional[TokenLookup] = None
         self.tokenizer: Any = None

@@ -182,6 +182,9 @@ def stripe_info_nce_grad(
     tile = _new_tile(anchors, others)
     work = torch.empty_like(tile)
     scale_2, shift = scale * _LOG2_E, torch.log2(scale) - log_sum * _LOG2_E
+    if cross is not None:
+        other_scale, other_log_sum, other_weight = cross
+        other_scale_2, other_shift = other_scale * _LOG2_E, torch.log2(other_scale) - other_log_sum * _LOG2_E
     for rows in _tiles(anchors, others):
         size = rows.stop - rows.start
         by_row, similarities = work[:size], tile[:size]
@@ -191,9 +194,7 @@ def stripe_info_nce_grad(
             means[rows] = (by_row * similarities).sum(1) / scale[rows]
         by_row.mul_(weight)
         if cross is not None:
-            other_scale, other_log_sum, other_weight = cross
-            other_shift = torch.log2(other_scale) - other_log_sum * _LOG2_E
-            by_column = torch.addcmul(other_shift, similarities, other_scale * _LOG2_E, out=similarities).exp2_()
+            by_column = torch.addcmul(other_shift, similarities, other_scale_2, out=similarities).exp2_()
             by_row.addcmul_(by_column, other_weight)
         torch.mm(by_row, others, out=grad[rows])
     return grad, means
@@ -236,10 +237,7 @@ def hinges(texts: Tensor, images: Tensor, threshold: Tensor, with_grad: bool) ->
     for rows in _tiles(images, texts):
         size = rows.stop - rows.start
         above, by_row = tile[:size], work[:size]
-        torch.mm(texts[rows], images.T, out=above)
-        above.diagonal(rows.start).fill_(-math.inf)
-        torch.sub(above, threshold[rows].unsqueeze(1), out=by_row).clamp_min_(0)
-        total += by_row.sum()
+        total += _row_hinges(texts[rows], images, threshold[rows], rows.start, above, by_row)
         above.sub_(threshold).clamp_min_(0)
         total += above.sum()
         if not with_grad:
@@ -257,6 +255,16 @@ def hinges(texts: Tensor, images: Tensor, threshold: Tensor, with_grad: bool) ->
         grad_texts.addcmul_(images, active.unsqueeze(1), value=-1)
         grad_images.addcmul_(texts, active.unsqueeze(1), value=-1)
     return total.to(texts.dtype), grad_texts, grad_images, active
+
+
+def _row_hinges(
+    anchors: Tensor, others: Tensor, threshold: Tensor, first: int, above: Tensor, by_row: Tensor
+) -> Tensor:
+    """Similarities (the positives, from column ``first`` on, out of reach) into ``above``, the rows' hinges into
+    ``by_row``; their sum."""
+    torch.mm(anchors, others.T, out=above)
+    above.diagonal(first).fill_(-math.inf)
+    return torch.sub(above, threshold.unsqueeze(1), out=by_row).clamp_min_(0).sum()
 
 
 def _sparse_products(active: Tensor, texts: Tensor, images: Tensor, grad_texts: Tensor, grad_images: Tensor) -> None:
@@ -298,10 +306,7 @@ def stripe_hinges(
     for rows in _tiles(anchors, others):
         size = rows.stop - rows.start
         above, by_row = tile[:size], work[:size]
-        torch.mm(anchors[rows], others.T, out=above)
-        above.diagonal(first + rows.start).fill_(-math.inf)
-        torch.sub(above, threshold[rows].unsqueeze(1), out=by_row).clamp_min_(0)
-        total += by_row.sum()
+        total += _row_hinges(anchors[rows], others, threshold[rows], first + rows.start, above, by_row)
         if with_grad:
             active[rows] = by_row.sign_().sum(1)
             by_row.add_(above.sub_(all_thresholds).clamp_min_(0).sign_())

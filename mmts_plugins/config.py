@@ -98,6 +98,11 @@ class Config:
         assert self.num_oscillations is not None
         return total_steps / self.num_oscillations
 
+    def publish(self, args: Any) -> None:
+        """Onto a host's parsed arguments, as plain values: into whatever it prints, saves or sends of them."""
+        for name, value in vars(self).items():
+            setattr(args, "loss" if name == "loss" else f"mmts_{name}", value)
+
     def warn_if_extreme(self) -> None:
         """Temperatures so low that half precision and training suffer, or values meant for the other loss."""
         if self.loss == INFONCE and self.lowest < _SMALLEST_CALM_TEMPERATURE:
