@@ -1,4 +1,4 @@
-"""AVION's conventions translated to the core: its classes, its batch, its schedule, its loss signature, its log.
+"""AVION's conventions translated to the core: its scripts, classes, batch, schedule, loss signatures and progress line.
 
 Imports without AVION and patches nothing; :mod:`mmts_plugins.patches.avion` calls it at the host's seams.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,21 +15,58 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clusters import CLASS, ClusterTable
+from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
-from ..distributed import check_ranks_agree
+from ..distributed import check_ranks_agree, first_on_node, gather_rows
 from ..errors import ConfigError, SeamError, TableError
+from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
 from ..runtime import Runtime
 
+FAMILY = MAX_MARGIN
+PRETRAINING_FAMILY = INFONCE
 DEFAULT_PRESETS = {INFONCE: "avion-clip", MAX_MARGIN: "avion-max-margin"}
 # Every sample's class is known before the first step, so an unknown one can stop the run there.
-DEFAULTS = {"distribution": "noun", "missing": "error"}
+DEFAULTS = {"distribution": "noun", "missing": "error", "cluster_of": "segment"}
+PRETRAINING_DEFAULTS = {"cluster_of": "caption"}
+
+_PAD = 0  # AVION's tokenizer fills up with zeros
+_PROBED = 10_000  # captions of a data set that are looked up before training
+_EPOCH = re.compile(r"Epoch: \[(\d+)\]")
+_AUTHORS_LOSSES = {"mmts_clip": INFONCE, "mmts_max_margin": MAX_MARGIN}
+
+
+def authors_flags(argv: Sequence[str]) -> list[str]:
+    """A command line with the flags of the MM-TS authors' fork of AVION, in our names where they differ.
+
+    ``--loss-type``, ``--use-distribution`` and, for the distribution that is used, ``--mmts-<distribution>-dist-path``.
+    """
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, has_value, value = word.partition("=")
+        if name in ("--loss-type", "--use-distribution") or re.fullmatch(r"--mmts-[a-z-]+-dist-path", name):
+            given[name] = value if has_value else next(words, "")
+        else:
+            rest.append(word)
+    if "--loss-type" in given:
+        loss = given["--loss-type"]
+        if loss not in _AUTHORS_LOSSES:
+            raise ConfigError(f"--loss-type {loss}: without our --mmts-* flags AVION trains its own loss; drop them")
+        rest += ["--loss", _AUTHORS_LOSSES[loss]]
+    if "--use-distribution" in given:
+        rest += ["--mmts-distribution", given["--use-distribution"]]
+    distribution = given.get("--use-distribution", DEFAULTS["distribution"])
+    path = given.get(f"--mmts-{distribution.replace('_', '-')}-dist-path")
+    return rest if path is None else [*rest, "--mmts-clusters", path]
 
 
 class ToldSchedule(np.ndarray):
@@ -54,21 +92,42 @@ class Run:
     Args:
         flags: ours, from :func:`mmts_plugins.config.split_flags`.
         host_version: for messages and ``mmts.yaml``.
+        pretraining: in ``main_lavila_pretrain.py``: InfoNCE on narrations, which have no classes.
 
     Raises:
         ConfigError, TableError: before anything is built or written.
     """
 
-    def __init__(self, flags: dict[str, Any], host_version: str = "") -> None:
-        self.config: Config = resolve(flags, MAX_MARGIN, DEFAULT_PRESETS, DEFAULTS)
+    def __init__(self, flags: dict[str, Any], host_version: str = "", pretraining: bool = False) -> None:
+        family, defaults = (PRETRAINING_FAMILY, PRETRAINING_DEFAULTS) if pretraining else (FAMILY, DEFAULTS)
+        self.config: Config = resolve(flags, family, DEFAULT_PRESETS, defaults)
         self.allow_change = bool(flags.get("mmts_allow_config_change"))
         self.host_version = host_version
         self.table: Optional[ClusterTable] = None
+        if pretraining and (self.config.distribution is not None or self.config.cluster_of != "caption"):
+            raise ConfigError(
+                "pre-training has narrations and no classes: leave out --mmts-distribution and --mmts-cluster-of, and "
+                "give a table of the narrations (--mmts-clusters)"
+            )
         if self.config.clusters is not None and not self.config.no_shifts:
-            self.table = load_classes(self.config.clusters)
+            self.table = load_table(self.config.clusters)
+            if self.table.kind == CAPTION:
+                if "mmts_distribution" in flags:
+                    raise TableError(
+                        f"{self.table.source}: a table of captions has no classes; leave --mmts-distribution out"
+                    )
+                self.config = replace(self.config, distribution=None)
+            elif pretraining:
+                raise TableError(f"{self.table.source}: a table of classes, but narrations of pre-training have none")
+        self.lookup: Optional[TokenLookup] = None
         self.runtime: Optional[Runtime] = None
         self._args: Any = None
-        self._loss: Optional[nn.Module] = None
+        self._losses: Optional[nn.Module] = None
+        self._temperature: Optional[Tensor] = None
+        self._tokens: Optional[Tensor] = None
+        # Without a learning rate schedule (--fix-lr) nobody tells the step, and forward passes are counted.
+        self._counted_from: Optional[int] = None
+        self._steps_per_epoch = 1
         self._step_told = False
 
     # -- once, before training --------------------------------------------------------------------------------------
@@ -85,35 +144,75 @@ class Run:
                 f"--update-freq {args.update_freq}: gradient accumulation is broken in AVION itself (its loop uses "
                 "images before it has any); train with --update-freq 1 and a larger --batch-size or more GPUs"
             )
-        if self.table is None and not self.config.no_shifts:
-            assert self.config.distribution is not None
-            self.table = count_classes(args.train_metadata, self.config.distribution)
+        if not self.config.no_shifts:
+            if self.table is None:
+                assert self.config.distribution is not None
+                self.table = count_classes(args.train_metadata, self.config.distribution)
+            if self.table.kind == CLASS and self.config.cluster_of == "caption":
+                assert self.config.distribution is not None
+                self.table = narrations(args.train_metadata, self.config.distribution, self.table)
         self.config.publish(args)
 
-    def tags(self, samples: Sequence[Any]) -> list[int]:
-        """For each of AVION's training samples the index of its own segment's class in the table.
+    def find(self, dataset: Any) -> Optional[np.ndarray]:
+        """For each sample of a training data set (``samples``, ``tokenizer``, ``metadata``) the row of its own segment
+        in the table, ``[n]`` int64; ``None`` where the drawn captions count, whose tokens :meth:`see` gets.
 
         Raises:
-            TableError: classes that are not in the table, unless ``--mmts-missing`` says what they get.
+            TableError: too many samples that are not in the table.
         """
         if self.table is None:
-            return [0] * len(samples)
-        assert self.config.distribution is not None
-        row = {key: index for index, key in enumerate(self.table.keys.to_pylist())}
-        keys = [_key(self.config.distribution, *sample[-2:]) for sample in samples]
-        absent = Counter(key for key in keys if key not in row)
-        if absent and self.config.missing == "error":
-            examples = ", ".join(sorted(absent)[:5])
-            raise TableError(
-                f"{sum(absent.values())} of {len(keys)} training samples are of {len(absent)} "
-                f"{self.config.distribution} classes that {self.table.source} does not know, for example {examples}. "
-                "Choose the table's own kind with --mmts-distribution noun|verb|verb_noun, or what an unknown class "
-                "gets with --mmts-missing tail|mean"
-            )
-        return [row.get(key, len(row)) for key in keys]
+            return None if self.config.cluster_of == "caption" else np.zeros(len(dataset.samples), dtype=np.int64)
+        if self.config.cluster_of == "caption":
+            self._look_up(dataset)
+            return None
+        if self.table.kind == CAPTION:
+            what, keys = "captions", [str(sample[4]) for sample in dataset.samples]
+        else:
+            assert self.config.distribution is not None
+            what = f"{self.config.distribution} classes"
+            keys = [_key(self.config.distribution, *sample[-2:]) for sample in dataset.samples]
+        found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self.table.keys)
+        rows: np.ndarray = found.fill_null(len(self.table)).to_numpy(zero_copy_only=False).astype(np.int64)
+        absent = [keys[i] for i in np.flatnonzero(rows == len(self.table))]
+        self._check_found(absent, len(keys), "training samples", what)
+        return rows
+
+    def _look_up(self, dataset: Any) -> None:
+        """Index the table by the host's tokens, once, and try captions of this data set."""
+        assert self.table is not None
+        args = self._args
+        if self.lookup is None:
+            with first_on_node(args.gpu or 0, args.world_size > 1):
+                self.lookup = TokenLookup(self.table, dataset.tokenizer, _PAD, _device(args))
+        spread = np.unique(np.linspace(0, len(dataset.samples) - 1, _PROBED).astype(int))
+        drawn = getattr(dataset, "metadata_sentence", None)
+        captions = (
+            [caption for i in spread for caption in _narrations_of(dataset.samples[i])]
+            if drawn is None
+            else [str(caption) for caption in drawn.iloc[:, 1]]
+        )
+        index = self.lookup(dataset.tokenizer(captions).to(_device(args)))
+        absent = [captions[i] for i in torch.nonzero(index == self.lookup.missing).flatten().tolist()]
+        self._check_found(absent, len(captions), f"captions of {dataset.metadata}", "captions")
+
+    def _check_found(self, absent: Sequence[str], total: int, where: str, what: str) -> None:
+        assert self.table is not None
+        if not absent:
+            return
+        message = (
+            f"{len(absent)} of {total} {where} are of {len(set(absent))} {what} that {self.table.source} does not "
+            f"know, for example {'; '.join(sorted(set(absent))[:5])}"
+        )
+        if self.config.missing == "error":
+            other = "" if what == "captions" else "another distribution (--mmts-distribution noun|verb|verb_noun), or "
+            raise TableError(f"{message}. Choose {other}what they get (--mmts-missing tail|mean)")
+        if len(absent) * 2 > total:
+            raise TableError(f"{message}. Was the table made from other captions or classes?")
+        if len(absent) * 100 > total:
+            print(f"MM-TS: warning: {message}; they get the {self.config.missing} shift (--mmts-missing)")
 
     def prepare(self, total_steps: int) -> None:
-        """When AVION makes its schedule, right before the first epoch: the last checks, the banner, ``mmts.yaml``.
+        """When the length of the run is known, before its first step: the last checks, the banner, ``mmts.yaml``.
 
         Raises:
             ConfigError: no step to train, ranks that differ, or a resumed run that differs.
@@ -124,7 +223,7 @@ class Run:
             raise SeamError(f"AVION {self.host_version}: training starts without init_distributed_mode(args)")
         if total_steps < 1:
             raise ConfigError("the run has no optimizer step: lower --batch-size or raise --epochs")
-        device = torch.device("cuda", args.gpu or 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = _device(args)
         values = record(
             self.config, total_steps, self.table.content_hash if self.table else None, "AVION", self.host_version
         )
@@ -134,20 +233,35 @@ class Run:
         if os.path.isfile(checkpoint):
             check_resume(Path(checkpoint).parent / FILE_NAME, values, self.allow_change)
         frequencies = np.ones(1) if self.table is None else self.table.frequency
+        if self.lookup is not None:
+            frequencies = self.lookup.frequencies
         self.runtime = Runtime(self.config, self.table, frequencies, total_steps, device)
         if args.rank != 0:
             return
         print(f"MM-TS: {self.runtime.describe()}")
         if self.table is not None:
+            what = f"{self.config.distribution} classes" if self.config.distribution else "clusters"
             print(
-                f"MM-TS: {self.config.distribution} classes of {self.table.source}: {len(self.table)} classes of "
-                f"{self.table.frequency.min():g} to {self.table.frequency.max():g} samples, "
+                f"MM-TS: {what} of {self.table.source}, by the {self.config.cluster_of}: {len(self.table)} "
+                f"{self.table.kind}s, frequency {self.table.frequency.min():g} to {self.table.frequency.max():g}, "
                 f"hash {self.table.content_hash}",
                 flush=True,
             )
         write_record(os.path.join(args.output_dir, FILE_NAME), values)
 
-    # -- every step -------------------------------------------------------------------------------------------------
+    # -- every epoch and step ---------------------------------------------------------------------------------------
+
+    def meters(self, steps: int, meters: Sequence[Any], prefix: str) -> list[Any]:
+        """Where AVION sets up its progress line: ours joins those of a training epoch of ``steps`` iterations."""
+        epoch = _EPOCH.match(prefix)
+        if epoch is None:
+            return list(meters)
+        if self.runtime is None or self._counted_from is not None:
+            self._counted_from = steps * int(epoch[1])
+            if self.runtime is None:
+                self.prepare(steps * self._args.epochs)
+        self._steps_per_epoch = steps
+        return [*meters, _Meter(self)]
 
     def set_step(self, step: int) -> None:
         """AVION's global iteration, before its forward pass; it asks once for each parameter group."""
@@ -155,45 +269,92 @@ class Run:
         self.runtime.step = step
         self._step_told = True
 
-    def loss(self, host_loss: Any, image_features: Tensor, text_features: Tensor, tags: Tensor) -> dict[str, Tensor]:
-        """The training loss, under the names that AVION's meters expect.
+    def see(self, tokens: Tensor) -> None:
+        """``[n, L]`` token ids of the captions that the model is given in a training step."""
+        self._tokens = tokens
+
+    def loss(
+        self, host_loss: Any, image_features: Tensor, text_features: Tensor, rows: Optional[Tensor] = None
+    ) -> Tensor:
+        """The training loss.
 
         Args:
-            host_loss: AVION's ``MaxMarginRankingLoss``, for its distributed flags.
+            host_loss: AVION's ``MaxMarginRankingLoss`` or ``ClipLoss``, for its distributed flags.
             image_features, text_features: ``[n, D]`` of this rank.
-            tags: ``[n]`` int64 from :meth:`tags`, carried by the batch in the place of the relevancies.
+            rows: ``[n]`` int64 of :meth:`find`, carried by the batch; unused where the drawn captions count.
 
         Raises:
-            SeamError: the step or the tags did not arrive; plain training would go on unnoticed.
+            SeamError: the step or the samples' rows did not arrive; plain training would go on unnoticed.
         """
+        if self._counted_from is not None:
+            self.set_step(self._counted_from)
+            self._counted_from += 1
         if self.runtime is None or not self._step_told:
             raise SeamError(f"AVION {self.host_version}: a training step without its learning rate: no clock")
-        if tags is None or tags.dtype != torch.int64:
-            raise SeamError(f"AVION {self.host_version}: the batch does not carry the samples' classes")
         self._step_told = False
-        if self._loss is None:
+        if self._losses is None:
             family = InfoNCELoss if self.config.loss == INFONCE else MaxMarginLoss
-            self._loss = family(host_loss.local_loss, host_loss.gather_with_grad, host_loss.rank, host_loss.world_size)
-        margin = self.runtime.base + self.runtime.shift(tags)
-        # In float32 whatever AMP makes of the features: InfoNCE expects them normalised.
+            self._losses = family(
+                host_loss.local_loss, host_loss.gather_with_grad, host_loss.rank, host_loss.world_size
+            )
+        self._temperature = self.runtime.base + self.runtime.shift(self._index(rows))
+        # In float32 whatever AMP makes of them: InfoNCE expects normalised features.
         images, texts = (F.normalize(features.float(), dim=-1) for features in (image_features, text_features))
-        loss = self._loss(images, texts, margin)
-        self._report(margin)
-        return {"loss": loss, "max_margin_loss": loss.detach()}
+        loss: Tensor = self._losses(images, texts, self._temperature)
+        return loss
 
-    def _report(self, margin: Tensor) -> None:
-        """A line where AVION prints its own."""
-        assert self.runtime is not None
-        args, runtime = self._args, self.runtime
-        steps_per_epoch = max(1, runtime.total_steps // args.epochs)
-        if args.rank != 0 or runtime.step % steps_per_epoch % args.print_freq != 0:
-            return
-        mean, low, high = torch.stack([margin.mean(), margin.min(), margin.max()]).tolist()
-        print(
-            f"MM-TS step {runtime.step}/{runtime.total_steps}: base {runtime.base:+.4f}, mean {mean:.4f} "
-            f"[{low:.4f}, {high:.4f}], head {runtime.base + runtime.head_shift:.4f}, "
-            f"tail {runtime.base + runtime.tail_shift:.4f}, phase {runtime.schedule.phase(runtime.step):.2f}"
+    def _index(self, rows: Optional[Tensor]) -> Tensor:
+        """Of a batch's samples into the runtime's frequencies."""
+        if self.config.cluster_of == "segment":
+            if rows is None or rows.dtype != torch.int64:
+                raise SeamError(f"AVION {self.host_version}: the batch does not carry the samples' classes")
+            return rows
+        tokens, self._tokens = self._tokens, None
+        if tokens is None:
+            raise SeamError(f"AVION {self.host_version}: a training step whose captions the model was not given")
+        if self.lookup is None:
+            return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        return self.lookup(tokens)
+
+    def progress(self) -> str:
+        """Ours of AVION's progress line. Waits for the device."""
+        if self.runtime is None or self._temperature is None:
+            return ""
+        temperature, runtime = self._temperature, self.runtime
+        mean, low, high = torch.stack([temperature.mean(), temperature.min(), temperature.max()]).tolist()
+        name = "margin" if self.config.loss == MAX_MARGIN else "tau"
+        return (
+            f"MM-TS {runtime.step}/{runtime.total_steps} {name} {mean:.4f} [{low:.4f}, {high:.4f}] "
+            f"base {runtime.base:+.4f} head {runtime.base + runtime.head_shift:.4f} "
+            f"tail {runtime.base + runtime.tail_shift:.4f}"
         )
+
+
+def _device(args: Any) -> torch.device:
+    return torch.device("cuda", args.gpu or 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class _Meter:
+    """What AVION's ``ProgressMeter`` asks of a meter."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __str__(self) -> str:
+        return self._run.progress()
+
+    def synchronize(self) -> None:
+        """Nothing to average: every rank is at the same step."""
+
+
+@torch.no_grad()
+def batch_accuracy(image_features: Tensor, text_features: Tensor, rank: int, world_size: int) -> Tensor:
+    """AVION's ``clip_acc`` in percent: how many of this rank's images ``[n, D]`` have their own text nearest of all
+    ``N = n * world_size``. One temperature per row moves no maximum. Memory ``O(n D + block N)``."""
+    texts = text_features if world_size == 1 else gather_rows(text_features, world_size)
+    nearest = torch.cat([(block @ texts.T).argmax(1) for block in image_features.split(256)])
+    own = torch.arange(len(nearest), device=nearest.device) + rank * len(nearest)
+    return 100 * (nearest == own).float().mean()
 
 
 # -- class distributions -----------------------------------------------------------------------------------------------
@@ -204,6 +365,13 @@ def _key(distribution: str, verb: int, noun: int) -> str:
     return {"verb": f"{verb}", "noun": f"{noun}", "verb_noun": f"{verb}_{noun}"}[distribution]
 
 
+def _class(metadata: str, line: int, distribution: str, verb: str, noun: str) -> str:
+    try:
+        return _key(distribution, int(verb), int(noun))
+    except ValueError as error:
+        raise TableError(f"{metadata}, line {line}: verb_class {verb!r}, noun_class {noun!r}: {error}") from error
+
+
 def count_classes(metadata: str, distribution: str) -> ClusterTable:
     """The classes of an annotation file in EK-100's form, counted.
 
@@ -211,28 +379,53 @@ def count_classes(metadata: str, distribution: str) -> ClusterTable:
         TableError: it cannot be read, has no column ``verb_class`` or ``noun_class``, or one holds no whole number.
     """
     counts: Counter[str] = Counter()
-    for line, verb, noun in _read(metadata, ("verb_class", "noun_class"), "an EK-100 annotation file"):
-        try:
-            counts[_key(distribution, int(verb), int(noun))] += 1
-        except ValueError as error:
-            raise TableError(f"{metadata}, line {line}: verb_class {verb!r}, noun_class {noun!r}: {error}") from error
+    for line, *pair in _read(metadata, ("verb_class", "noun_class"), "an EK-100 annotation file"):
+        counts[_class(metadata, line, distribution, *pair)] += 1
     return _table(counts, metadata)
 
 
-def load_classes(path: str) -> ClusterTable:
-    """A cluster table of classes, or ``class_id,count`` CSV as the authors publish.
+def narrations(metadata: str, distribution: str, classes: ClusterTable) -> ClusterTable:
+    """A table of the narrations of an annotation file: each as frequent as its class in ``classes``.
+
+    A narration whose segments are of several classes counts as the commonest of its own.
 
     Raises:
-        TableError: it cannot be read, or is a table of captions.
+        TableError: see :func:`count_classes`; or no narration's class is in ``classes``.
     """
-    if not path.endswith(".csv"):
-        table = ClusterTable.load(path)
-        if table.kind != CLASS:
-            raise TableError(
-                f"{path}: a table of {table.kind}s, but AVION's samples are found by class; leave --mmts-clusters out "
-                "to count the classes of --train-metadata, or give a class_id,count CSV"
-            )
-        return table
+    columns = ("narration", "verb_class", "noun_class")
+    of: dict[str, Counter[str]] = {}
+    for line, narration, *pair in _read(metadata, columns, "an EK-100 annotation file"):
+        of.setdefault(narration, Counter())[_class(metadata, line, distribution, *pair)] += 1
+    row = {key: index for index, key in enumerate(classes.keys.to_pylist())}
+    keys = sorted(narration for narration, seen in of.items() if seen.most_common(1)[0][0] in row)
+    if not keys:
+        raise TableError(f"{classes.source}: knows none of the {distribution} classes of {metadata}")
+    cluster = [row[of[key].most_common(1)[0][0]] for key in keys]
+    count = [sum(of[key].values()) for key in keys]
+    table = ClusterTable.build(keys, cluster, classes.frequency[cluster], count, CAPTION)
+    return replace(table, source=classes.source)
+
+
+def _narrations_of(sample: Sequence[Any]) -> list[str]:
+    """Ego4D's samples hold one narration, or several to draw from."""
+    return [str(text) for text in sample[3]] if isinstance(sample[3], list) else [str(sample[3])]
+
+
+def load_table(path: str) -> ClusterTable:
+    """A cluster table, or classes as ``class_id,count`` CSV, as the authors publish them.
+
+    Raises:
+        TableError: it cannot be read.
+    """
+    return load_classes(path) if path.endswith(".csv") else ClusterTable.load(path)
+
+
+def load_classes(path: str) -> ClusterTable:
+    """``class_id,count`` CSV as a table of classes.
+
+    Raises:
+        TableError: it cannot be read.
+    """
     counts: dict[str, float] = {}
     for line, key, count in _read(path, ("class_id", "count"), "a distribution of classes"):
         if key in counts:
@@ -254,8 +447,8 @@ def _table(counts: dict[str, Any], source: str) -> ClusterTable:
     return replace(ClusterTable.build(keys, range(len(keys)), sizes, sizes, CLASS), source=source)
 
 
-def _read(path: str, columns: tuple[str, str], what: str) -> Iterator[tuple[int, str, str]]:
-    """Line number and the two columns of every row."""
+def _read(path: str, columns: tuple[str, ...], what: str) -> Iterator[tuple[Any, ...]]:
+    """Line number and the columns of every row."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows: Iterable[dict[str, Any]] = csv.DictReader(file)
@@ -266,6 +459,6 @@ def _read(path: str, columns: tuple[str, str], what: str) -> Iterator[tuple[int,
                     f"{path}: not {what}: column {lacking[0]!r} is missing (found: {', '.join(names[:8])})"
                 )
             for row in rows:
-                yield rows.line_num, row[columns[0]] or "", row[columns[1]] or ""  # type: ignore[attr-defined]
+                yield (rows.line_num, *(row[column] or "" for column in columns))  # type: ignore[attr-defined]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TableError(f"{path}: cannot be read as {what}: {error}") from error

@@ -14,12 +14,11 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
-from ..distributed import check_ranks_agree
+from ..distributed import check_ranks_agree, first_on_node
 from ..errors import ConfigError, SeamError, TableError
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
@@ -124,8 +123,10 @@ class Run:
     def __init__(self, flags: dict[str, Any], args: Any) -> None:
         self.config: Config = resolve(flags, INFONCE, DEFAULT_PRESETS)
         self.allow_change = bool(flags.get("mmts_allow_config_change"))
-        if self.config.distribution is not None:
-            raise ConfigError("--mmts-distribution counts AVION's classes; OpenCLIP takes --mmts-clusters")
+        if self.config.distribution is not None or self.config.cluster_of is not None:
+            raise ConfigError(
+                "--mmts-distribution and --mmts-cluster-of are about AVION's classes; OpenCLIP takes --mmts-clusters"
+            )
         _refuse_unsupported(args)
         self.table: Optional[ClusterTable] = None
         if self.config.clusters is not None:
@@ -174,12 +175,8 @@ class Run:
         frequencies = np.ones(1)
         self.tokenizer = tokenizer
         if self.table is not None and not self.config.no_shifts:
-            # The first rank of a node builds the index and leaves it in the cache for the others.
-            if args.distributed and args.local_rank != 0:
-                dist.barrier()
-            self.lookup = TokenLookup(self.table, tokenizer, _pad_id(tokenizer), device)
-            if args.distributed and args.local_rank == 0:
-                dist.barrier()
+            with first_on_node(args.local_rank, args.distributed):
+                self.lookup = TokenLookup(self.table, tokenizer, _pad_id(tokenizer), device)
             frequencies = self.lookup.frequencies
         self.runtime = Runtime(self.config, self.table, frequencies, steps, device)
         if not master:

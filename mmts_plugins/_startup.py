@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-_HOST_WORDS = ("open_clip_train", "main_lavila_finetune_mir")
+_HOST_WORDS = ("open_clip_train", "lavila_finetune_mir", "lavila_pretrain")
 _started = False
 
 

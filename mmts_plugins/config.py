@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 LOSSES = ("mmts", INFONCE, MAX_MARGIN)
 MISSING = ("error", "tail", "mean")
 DISTRIBUTIONS = ("noun", "verb", "verb_noun")
+CLUSTER_OF = ("segment", "caption")
 FILE_NAME = "mmts.yaml"
 DEFAULT_OSCILLATIONS = 5.0
 _SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
@@ -46,6 +47,7 @@ class Config:
     no_shifts: bool = False
     missing: str = "tail"
     distribution: Optional[str] = None
+    cluster_of: Optional[str] = None
 
     def __post_init__(self) -> None:
         for name in ("alpha", "shift_min", "shift_max", "num_oscillations", "period"):
@@ -152,6 +154,12 @@ def flag_parser() -> argparse.ArgumentParser:
         help="AVION: the class whose count is a sample's frequency (default: noun); without --mmts-clusters it is "
         "counted in --train-metadata",
     )
+    group.add_argument(
+        "--mmts-cluster-of",
+        choices=CLUSTER_OF,
+        help="AVION: whose frequency a sample has: the video's own segment (default in fine-tuning) or the caption "
+        "drawn for it (always in pre-training)",
+    )
     group.add_argument("--mmts-alpha", type=float, metavar="A", help="peak-to-peak amplitude of the cosine (Eq. 7)")
     group.add_argument("--mmts-shift-min", type=float, metavar="S", help="shift of the rarest concept (Eq. 6)")
     group.add_argument("--mmts-shift-max", type=float, metavar="S", help="shift of the most common concept (Eq. 6)")
@@ -256,6 +264,7 @@ def resolve(
 
 _NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period"}
 _FLAGS = {"no_schedule", "no_shifts"}
+_CHOICES = {"missing": MISSING, "distribution": DISTRIBUTIONS, "cluster_of": CLUSTER_OF}
 
 
 def load_file(path: PathLike) -> dict[str, Any]:
@@ -275,10 +284,9 @@ def load_file(path: PathLike) -> dict[str, Any]:
                 or (name not in _NUMBERS | _FLAGS and not isinstance(value, str))
             ):
                 raise ConfigError(f"{path}: field {name!r} has the wrong type: {value!r}")
-            if name == "missing" and value not in MISSING:
-                raise ConfigError(f"{path}: field 'missing' is {value!r}; choose from {', '.join(MISSING)}")
-            if name == "distribution" and value is not None and value not in DISTRIBUTIONS:
-                raise ConfigError(f"{path}: field 'distribution' is {value!r}; choose from {', '.join(DISTRIBUTIONS)}")
+            optional = (None,) if name != "missing" else ()
+            if name in _CHOICES and value not in (*_CHOICES[name], *optional):
+                raise ConfigError(f"{path}: field {name!r} is {value!r}; choose from {', '.join(_CHOICES[name])}")
             values[name] = value
         elif name not in RECORDED:
             close = difflib.get_close_matches(name, sorted(names), n=1)

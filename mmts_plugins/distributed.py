@@ -11,6 +11,8 @@ loss reach its own features (and, with ``local_loss``, only as anchors).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -27,6 +29,16 @@ def gather_rows(rows: Tensor, world_size: int) -> Tensor:
     blocks = [torch.empty_like(rows) for _ in range(world_size)]
     dist.all_gather(blocks, rows.contiguous())
     return torch.cat(blocks)
+
+
+@contextmanager
+def first_on_node(local_rank: int, distributed: bool) -> Iterator[None]:
+    """The first rank of each node goes through the block before the others: it fills the cache that they read."""
+    if distributed and local_rank != 0:
+        dist.barrier()
+    yield
+    if distributed and local_rank == 0:
+        dist.barrier()
 
 
 def _row_weights(grad: Tensor, rows: int, rank: int, world_size: int, local_loss: bool, with_grad: bool) -> Tensor:

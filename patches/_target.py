@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
 
@@ -98,7 +99,9 @@ class Host:
                 found = importlib.util.find_spec(self.seams[0].module)
             except ImportError:
                 found = None
-            return "not installed" if found is None else "checkout"
+            if found is None or found.origin is None:
+                return "not installed"
+            return _commit(Path(found.origin).resolve().parents[self.seams[0].module.count(".")])
         try:
             return metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
@@ -199,6 +202,17 @@ class Host:
 
         replacement._mmts_seam = str(seam)  # type: ignore[attr-defined]
         return replacement
+
+
+def _commit(root: Path) -> str:
+    """What a checkout is at: the commit's first digits, as far as git's files tell."""
+    try:
+        head = (root / ".git" / "HEAD").read_text().strip()
+        if head.startswith("ref: "):
+            head = (root / ".git" / head[len("ref: ") :]).read_text().strip()
+    except OSError:  # no repository, or packed references
+        return "checkout"
+    return f"checkout {head[:7]}"
 
 
 def _wrapped_inside(function: Any, marker: str) -> bool:

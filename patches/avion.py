@@ -1,20 +1,26 @@
-"""AVION's seams. Five functions and methods, replaced where they are defined; everything else stays as it is.
+"""AVION's seams: functions and methods, replaced where they are defined; everything else stays as it is.
 
-* Importing ``avion.losses.losses`` takes our flags out of ``sys.argv``: AVION parses it later, inside its script.
-* ``avion.utils.distributed.init_distributed_mode`` is the first to see the parsed arguments.
-* ``avion.data.clip_dataset.VideoCaptionDatasetCLIP`` gets the classes of its training samples when it is made, and
-  hands a sample's class out in the place of its relevancy, which AVION's loss does not use.
+* Importing ``avion.losses.losses`` takes our flags out of ``sys.argv``: AVION parses it later, inside its scripts.
+* ``get_args_parser`` of a script that ``run_with_submit_*`` imports: our flags travel to the job inside its arguments.
+* ``avion.utils.distributed.init_distributed_mode`` is the first to see the parsed arguments; ``save_on_master`` writes
+  them into checkpoints, which must load without us.
+* ``avion.data.clip_dataset.VideoCaptionDatasetCLIP`` finds its training samples in the table when it is made, and hands
+  out a sample's row in the place of its relevancy, which AVION's losses do not use.
+* ``avion.models.model_clip.CLIP.forward`` sees the drawn captions' tokens, where it is those that count.
 * ``avion.optim.schedulers.cosine_scheduler`` knows the length of the run; the array it returns is the clock.
-* ``avion.losses.losses.MaxMarginRankingLoss.forward`` is the loss: ours in training, AVION's own in validation.
+* ``avion.utils.meters.ProgressMeter`` knows it too, also under ``--fix-lr``; its line shows where the schedule stands.
+* ``avion.losses.losses``: ``MaxMarginRankingLoss.forward`` (fine-tuning) and ``ClipLoss.forward`` (pre-training) are
+  ours in training, and AVION's own in validation.
 
-Not patched: models, loaders, the optimizer, checkpoints, evaluation. The MM-TS authors' fork of AVION is left alone.
+Not patched: models, loaders, the optimizer, evaluation. The MM-TS authors' fork of AVION is left alone.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -27,14 +33,41 @@ from ._target import Host, Seam
 if TYPE_CHECKING:
     from ..adapters.avion import Run
 
-SCRIPT = "main_lavila_finetune_mir.py"
+FINETUNING, PRETRAINING = "main_lavila_finetune_mir", "main_lavila_pretrain"
+_SUBMITTED = {
+    "run_with_submit_lavila_finetune_mir.py": FINETUNING,
+    "run_with_submit_lavila_pretrain.py": PRETRAINING,
+}
+_SCRIPTS = {f"{FINETUNING}.py": FINETUNING, f"{PRETRAINING}.py": PRETRAINING, **_SUBMITTED}
 _FORK = "MMTSMaxMarginRankingLoss"
 
 _run: Optional[Run] = None
+_travelling: Optional[Travelling] = None
+
+
+class Travelling:
+    """Our flags on their way into a job: submitit pickles AVION's arguments, and these with them. To unpickle them is
+    to arm the job's process, whatever its own command line and environment are."""
+
+    def __init__(self, script: str, flags: dict[str, Any]) -> None:
+        self.script, self.flags = script, flags
+
+    def __repr__(self) -> str:
+        return repr(self.flags)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.script, self.flags)
+
+
+def _arrive(script: str, flags: dict[str, Any]) -> Travelling:
+    global _travelling
+    _travelling = Travelling(script, flags)
+    HOST.install()
+    return _travelling
 
 
 def _take_flags(module: ModuleType) -> None:
-    global _run
+    global _run, _travelling
     _run = None
     script = os.path.basename(sys.argv[0])
     if hasattr(module, _FORK):
@@ -46,20 +79,33 @@ def _take_flags(module: ModuleType) -> None:
                 flush=True,
             )
         return
-    if script == SCRIPT and {"-h", "--help"} & set(sys.argv):
+    if script in _SCRIPTS and {"-h", "--help"} & set(sys.argv):
         print(flag_parser().format_help())
         return
-    if not asks_for_us(sys.argv):
-        return
-    flags, rest = split_flags(sys.argv[1:])
-    if not flags:
-        return
-    if script != SCRIPT:
-        raise ConfigError(f"{script or 'this process'}: in AVION, --loss mmts is for {SCRIPT}, started by torchrun")
-    from ..adapters.avion import Run
+    from ..adapters.avion import Run, authors_flags
 
-    _run = Run(flags, HOST.version())
-    sys.argv[1:] = rest
+    if _travelling is None and asks_for_us(sys.argv):
+        flags, rest = split_flags(authors_flags(sys.argv[1:]))
+        if not flags:
+            return
+        if script not in _SCRIPTS:
+            raise ConfigError(f"{script or 'this process'}: in AVION, --loss mmts is for {', '.join(sorted(_SCRIPTS))}")
+        sys.argv[1:] = rest
+        arrived = Travelling(_SCRIPTS[script], flags)
+        if script in _SUBMITTED:
+            _travelling = arrived
+    elif _travelling is not None:
+        arrived = _travelling
+    else:
+        return
+    _run = Run(arrived.flags, HOST.version(), arrived.script == PRETRAINING)
+
+
+def _get_args_parser(original: Callable[..., Any]) -> Any:
+    parser = original()
+    if _travelling is not None:
+        parser.set_defaults(mmts_flags=_travelling)
+    return parser
 
 
 def _init_distributed_mode(original: Callable[..., Any], args: Any) -> Any:
@@ -69,32 +115,50 @@ def _init_distributed_mode(original: Callable[..., Any], args: Any) -> Any:
     return result
 
 
-class _Tags:
-    """The classes of a data set's samples. A worker process that is spawned, not forked, unpickles them: only there
+def _save_on_master(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if "mmts_flags" in vars(state.get("args", object)):
+        plain = copy.copy(state["args"])
+        del plain.mmts_flags
+        state = {**state, "args": plain}
+    return original(state, *args, **kwargs)
+
+
+class _Rows:
+    """Of a data set's samples, in the table. A worker process that is spawned, not forked, unpickles them: only there
     does it learn of us, and patches the data set's class again."""
 
-    def __init__(self, indices: list[int]) -> None:
-        self.indices = indices
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.indices,)
+        return _restored, (self.rows,)
 
 
-def _restored(indices: list[int]) -> _Tags:
+def _restored(rows: Any) -> _Rows:
     HOST.install("avion.data.clip_dataset")
-    return _Tags(indices)
+    return _Rows(rows)
 
 
 def _dataset_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
-    if _run is not None and self.is_training:
-        self._mmts_tags = _Tags(_run.tags(self.samples))
+    if _run is None or not self.is_training:
+        return
+    rows = _run.find(self)
+    if rows is not None:
+        self._mmts_rows = _Rows(rows)
 
 
 def _dataset_getitem(original: Callable[..., Any], self: Any, i: int) -> Any:
     item = original(self, i)
-    tags = vars(self).get("_mmts_tags")
-    return item if tags is None else (*item[:-1], tags.indices[i])
+    found = vars(self).get("_mmts_rows")
+    return item if found is None else (*item[:-1], int(found.rows[i]))
+
+
+def _model_forward(original: Callable[..., Any], self: Any, image: Any, text: Any) -> Any:
+    if _in_training():
+        assert _run is not None
+        _run.see(text)
+    return original(self, image, text)
 
 
 def _cosine_scheduler(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -107,12 +171,38 @@ def _cosine_scheduler(original: Callable[..., Any], *args: Any, **kwargs: Any) -
     return ToldSchedule.of(schedule, _run.set_step)
 
 
-def _forward(
+def _progress_init(
+    original: Callable[..., Any], self: Any, num_batches: int, meters: Sequence[Any], prefix: str = ""
+) -> None:
+    original(self, num_batches, meters if _run is None else _run.meters(num_batches, meters, prefix), prefix)
+
+
+def _in_training() -> bool:
+    return _run is not None and bool(sys.modules["torch"].is_grad_enabled())
+
+
+def _max_margin(
     original: Callable[..., Any], self: Any, image_features: Any, text_features: Any, weight: Any = None
 ) -> Any:
-    if _run is None or not sys.modules["torch"].is_grad_enabled():
+    """Called with the batch's last item, which carries our tags."""
+    if not _in_training():
         return original(self, image_features, text_features, weight)
-    return _run.loss(self, image_features, text_features, weight)
+    assert _run is not None
+    loss = _run.loss(self, image_features, text_features, weight)
+    return {"loss": loss, "max_margin_loss": loss.detach()}
+
+
+def _clip_loss(
+    original: Callable[..., Any], self: Any, image_features: Any, text_features: Any, logit_scale: Any
+) -> Any:
+    if not _in_training():
+        return original(self, image_features, text_features, logit_scale)
+    assert _run is not None
+    from ..adapters.avion import batch_accuracy
+
+    # DDP expects a gradient for every parameter: the unused scale stays in the graph, with zero.
+    loss = _run.loss(self, image_features, text_features) + 0.0 * logit_scale.sum()
+    return {"loss": loss, "clip_acc": batch_accuracy(image_features, text_features, self.rank, self.world_size)}
 
 
 HOST = Host(
@@ -125,19 +215,24 @@ HOST = Host(
             "avion.losses.losses",
             "MaxMarginRankingLoss.forward",
             ("image_features", "text_features", "weight"),
-            _forward,
+            _max_margin,
         ),
+        Seam("avion.losses.losses", "ClipLoss.forward", ("image_features", "text_features", "logit_scale"), _clip_loss),
         Seam("avion.utils.distributed", "init_distributed_mode", ("args",), _init_distributed_mode),
+        Seam("avion.utils.distributed", "save_on_master", ("state",), _save_on_master),
+        Seam("avion.utils.meters", "ProgressMeter.__init__", ("num_batches", "meters", "prefix"), _progress_init),
         Seam(
             "avion.data.clip_dataset",
             "VideoCaptionDatasetCLIP.__init__",
-            ("dataset", "metadata", "is_training"),
+            ("dataset", "metadata", "is_training", "tokenizer"),
             _dataset_init,
         ),
         Seam("avion.data.clip_dataset", "VideoCaptionDatasetCLIP.__getitem__", ("i",), _dataset_getitem),
+        Seam("avion.models.model_clip", "CLIP.forward", ("image", "text"), _model_forward),
         Seam("avion.optim.schedulers", "cosine_scheduler", ("epochs", "niter_per_ep"), _cosine_scheduler),
+        *(Seam(f"scripts.{script}", "get_args_parser", (), _get_args_parser) for script in (FINETUNING, PRETRAINING)),
     ),
-    start_modules=(SCRIPT,),
+    start_modules=tuple(_SCRIPTS),
     on_import={"avion.losses.losses": _take_flags},
     checkout="put a checkout of https://github.com/zhaoyue-zephyrus/AVION on PYTHONPATH",
 )

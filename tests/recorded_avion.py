@@ -1,7 +1,7 @@
-"""Started under the name of AVION's script: writes down what goes into and comes out of the loss of the real one.
+"""Started under the name of one of AVION's scripts: writes down what goes into and comes out of its loss.
 
 ``TEST_SCRIPT`` is the script to become, ``TEST_RECORD`` where to write, ``TEST_DIE_AT`` the step at which to be killed,
-``TEST_INSTALL=1`` arms the plugin, as the start-up file would.
+``TEST_INSTALL=1`` arms the plugin, as the start-up file would; ``TEST_WORKERS`` starts loader workers that way.
 """
 
 import os
@@ -12,53 +12,67 @@ import sys
 import numpy as np
 import torch
 
-if os.environ.get("TEST_INSTALL") == "1":
-    import mmts_plugins
 
-    mmts_plugins.install()
-    assert "torch" in sys.modules
-    assert "avion.losses.losses" not in sys.modules
-import avion.data.clip_dataset as data
-import avion.losses.losses as losses
+def main():
+    if os.environ.get("TEST_INSTALL") == "1":
+        import mmts_plugins
 
-target = f"{os.environ['TEST_RECORD']}-{os.environ.get('RANK', '0')}.npz"
-records = {name: [] for name in ("image", "text", "verb", "noun", "loss", "validation")}
-drawn = []
-forward, get_raw_item = losses.MaxMarginRankingLoss.forward, data.VideoCaptionDatasetCLIP.get_raw_item
+        mmts_plugins.install()
+        assert "avion.losses.losses" not in sys.modules
+    if "TEST_WORKERS" in os.environ:
+        torch.multiprocessing.set_start_method(os.environ["TEST_WORKERS"])
+    import avion.data.clip_dataset as data
+    import avion.losses.losses as losses
+
+    target = f"{os.environ['TEST_RECORD']}-{os.environ.get('RANK', '0')}.npz"
+    records = {name: [] for name in ("image", "text", "verb", "noun", "caption", "loss", "accuracy", "validation")}
+    drawn = []
+
+    def recording_item(get_raw_item):
+        def get(self, i, *args, **kwargs):
+            # What a sample looks like depends on the sample alone, so that a resumed run can be compared to the bit.
+            random.seed(i)
+            np.random.seed(i)
+            torch.manual_seed(i)
+            frames, caption = get_raw_item(self, i, *args, **kwargs)
+            if self.is_training:
+                drawn.append((self.samples[i], caption[0] if isinstance(caption, tuple) else caption))
+            return frames, caption
+
+        return get
+
+    def recording(forward):
+        def record(self, image_features, text_features, *rest, **weight):
+            if torch.is_grad_enabled() and str(len(records["loss"])) == os.environ.get("TEST_DIE_AT"):
+                np.savez(target, **records)
+                os._exit(9)
+            out = forward(self, image_features, text_features, *rest, **weight)
+            if not torch.is_grad_enabled():
+                records["validation"].append(float(out["loss"]))
+                return out
+            batch, drawn[:] = drawn[-len(image_features) :], []
+            records["image"].append(image_features.detach().double().numpy())
+            records["text"].append(text_features.detach().double().numpy())
+            records["verb"].append([sample[-2] for sample, _ in batch])
+            records["noun"].append([str(sample[-1]) for sample, _ in batch])
+            records["caption"].append([caption for _, caption in batch])
+            records["loss"].append(float(out["loss"].detach()))
+            records["accuracy"].append(float(out.get("clip_acc", -1)))
+            return out
+
+        return record
+
+    losses.MaxMarginRankingLoss.forward = recording(losses.MaxMarginRankingLoss.forward)
+    losses.ClipLoss.forward = recording(losses.ClipLoss.forward)
+    data.VideoCaptionDatasetCLIP.get_raw_item = recording_item(data.VideoCaptionDatasetCLIP.get_raw_item)
+    torch.set_num_threads(1)
+    sys.argv[0] = os.environ["TEST_SCRIPT"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    records["validation"] = records["validation"] or [0.0]
+    np.savez(target, **records)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # AVION leaves it, and gloo's threads may then abort at exit
 
 
-def recording_item(self, i, *args, **kwargs):
-    # What a sample looks like depends on the sample alone, so that a resumed run can be compared to the bit.
-    random.seed(i)
-    np.random.seed(i)
-    torch.manual_seed(i)
-    if self.is_training:
-        drawn.append(self.samples[i])
-    return get_raw_item(self, i, *args, **kwargs)
-
-
-def recording_forward(self, image_features, text_features, weight=None):
-    if torch.is_grad_enabled() and str(len(records["loss"])) == os.environ.get("TEST_DIE_AT"):
-        np.savez(target, **records)
-        os._exit(9)
-    out = forward(self, image_features, text_features, weight=weight)
-    assert set(out) == {"loss", "max_margin_loss"}
-    if not torch.is_grad_enabled():
-        records["validation"].append(float(out["loss"]))
-        return out
-    batch, drawn[:] = drawn[-len(image_features) :], []
-    records["image"].append(image_features.detach().double().numpy())
-    records["text"].append(text_features.detach().double().numpy())
-    records["verb"].append([sample[-2] for sample in batch])
-    records["noun"].append([sample[-1] for sample in batch])
-    records["loss"].append(float(out["loss"].detach()))
-    return out
-
-
-losses.MaxMarginRankingLoss.forward = recording_forward
-data.VideoCaptionDatasetCLIP.get_raw_item = recording_item
-torch.set_num_threads(1)
-sys.argv[0] = os.environ["TEST_SCRIPT"]
-runpy.run_path(sys.argv[0], run_name="__main__")
-records["validation"] = records["validation"] or [0.0]
-np.savez(target, **records)
+if __name__ == "__main__":
+    main()

@@ -1,21 +1,16 @@
 import argparse
+import json
 import os
 import random
 
+import avion.models.model_clip as model_clip
 import avion.utils.distributed as dist_utils
 import torch
 from avion.data.clip_dataset import VideoCaptionDatasetCLIP
+from avion.data.tokenizer import tokenize
 from avion.losses.losses import MaxMarginRankingLoss
 from avion.optim.schedulers import cosine_scheduler
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.video, self.text = torch.nn.Linear(12, 8), torch.nn.Linear(3, 8)
-
-    def forward(self, frames, tokens):
-        return self.video(frames), self.text(tokens)
+from avion.utils.meters import AverageMeter, ProgressMeter
 
 
 def get_args_parser():
@@ -38,7 +33,8 @@ def main(args):
     dist_utils.init_distributed_mode(args)
     torch.manual_seed(0)
     random.seed(0)
-    model = Model()
+    model = model_clip.CLIP()
+    model.logit_scale.requires_grad_(False)
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model)
     criterion = MaxMarginRankingLoss(
@@ -52,13 +48,14 @@ def main(args):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     latest, start_epoch = args.resume or os.path.join(args.output_dir, "checkpoint.pt"), 0
     if os.path.isfile(latest):
-        checkpoint = torch.load(latest)
+        checkpoint = torch.load(latest, **({} if torch.__version__ < "2" else {"weights_only": False}))
         start_epoch = checkpoint["epoch"]
         model.load_state_dict(checkpoint["state_dict"])
-    train_set = VideoCaptionDatasetCLIP("ek100_mir", args.root, args.train_metadata, is_training=True)
-    val_set = VideoCaptionDatasetCLIP("ek100_mir", args.root, args.val_metadata, is_training=False)
+    train_set = VideoCaptionDatasetCLIP(
+        "ek100_mir", args.root, args.train_metadata, is_training=True, tokenizer=tokenize
+    )
+    val_set = VideoCaptionDatasetCLIP("ek100_mir", args.root, args.val_metadata, is_training=False, tokenizer=tokenize)
     sampler = torch.utils.data.distributed.DistributedSampler(train_set) if args.distributed else None
-    context = os.environ.get("TEST_WORKERS") if args.workers else None
     loader = torch.utils.data.DataLoader(
         train_set,
         args.batch_size,
@@ -66,30 +63,44 @@ def main(args):
         shuffle=sampler is None,
         drop_last=True,
         num_workers=args.workers,
-        multiprocessing_context=context,
     )
     val_loader = torch.utils.data.DataLoader(val_set, args.batch_size)
     lr_schedule = cosine_scheduler(args.lr, 0.0, args.epochs, len(loader) // args.update_freq)
     for epoch in range(start_epoch, args.epochs):
-        for iteration, inputs in enumerate(loader):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_schedule[len(loader) * epoch + iteration]
-            relevancies = inputs.pop()
-            loss_dict = criterion(*model(*inputs), weight=relevancies)
-            assert set(loss_dict) == {"loss", "max_margin_loss"}
-            optimizer.zero_grad()
-            loss_dict["loss"].backward()
-            optimizer.step()
-            if args.rank == 0:
-                print(f"Epoch: [{epoch}][{iteration}] loss {loss_dict['loss'].item()!r}")
+        train_stats = train(loader, model, criterion, optimizer, epoch, lr_schedule, args)
         with torch.no_grad():
+            progress = ProgressMeter(len(val_loader), [], "Test: ")
             for inputs in val_loader:
                 relevancies = inputs.pop()
-                loss_dict = criterion(*model(*inputs), weight=relevancies)
+                image_features, text_features, _ = model(*inputs)
+                loss_dict = criterion(image_features, text_features, weight=relevancies)
             if args.rank == 0:
-                print(f"Test: loss {loss_dict['max_margin_loss'].item()!r}")
+                progress.display(0)
         if args.rank == 0:
-            torch.save({"epoch": epoch + 1, "state_dict": model.state_dict()}, f"{args.output_dir}/checkpoint.pt")
+            state = {"epoch": epoch + 1, "state_dict": model.state_dict(), "args": args}
+            dist_utils.save_on_master(state, False, args.output_dir)
+            with open(os.path.join(args.output_dir, "log.txt"), "a") as file:
+                file.write(json.dumps({**train_stats, "test": loss_dict["loss"].item(), "epoch": epoch}) + "\n")
+
+
+def train(loader, model, criterion, optimizer, epoch, lr_schedule, args):
+    meter = AverageMeter("loss")
+    progress = ProgressMeter(len(loader), [meter], f"Epoch: [{epoch}]")
+    for iteration, inputs in enumerate(loader):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_schedule[len(loader) * epoch + iteration]
+        relevancies = inputs.pop()
+        image_features, text_features, _ = model(*inputs)
+        loss_dict = criterion(image_features, text_features, weight=relevancies)
+        assert set(loss_dict) == {"loss", "max_margin_loss"}
+        optimizer.zero_grad()
+        loss_dict["loss"].backward()
+        optimizer.step()
+        meter.update(loss_dict["loss"].item())
+        if args.rank == 0 and iteration % args.print_freq == 0:
+            progress.display(iteration)
+    progress.synchronize()
+    return {"train": meter.value}
 
 
 if __name__ == "__main__":
