@@ -13,6 +13,15 @@ import numpy as np
 import torch
 
 
+def spread(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2 and "embedding" not in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 3 * weight[0].numel() ** -0.5)
+    return model
+
+
 def main():
     if os.environ.get("TEST_INSTALL") == "1":
         import mmts_plugins
@@ -23,6 +32,12 @@ def main():
         torch.multiprocessing.set_start_method(os.environ["TEST_WORKERS"])
     import avion.data.clip_dataset as data
     import avion.losses.losses as losses
+
+    if "TEST_SPREAD" in os.environ:  # AVION's own initialisation maps everything to nearly one point
+        import avion.models.model_clip as model_clip
+
+        made = model_clip.CLIP_TINY
+        model_clip.CLIP_TINY = lambda *args, **kwargs: spread(made(*args, **kwargs))
 
     target = f"{os.environ['TEST_RECORD']}-{os.environ.get('RANK', '0')}.npz"
     records = {name: [] for name in ("image", "text", "verb", "noun", "caption", "loss", "accuracy", "validation")}
@@ -45,6 +60,8 @@ def main():
         def record(self, image_features, text_features, *rest, **weight):
             if torch.is_grad_enabled() and str(len(records["loss"])) == os.environ.get("TEST_DIE_AT"):
                 np.savez(target, **records)
+                if torch.distributed.is_initialized():
+                    torch.distributed.barrier()  # the first to die takes the others with it
                 os._exit(9)
             out = forward(self, image_features, text_features, *rest, **weight)
             if not torch.is_grad_enabled():

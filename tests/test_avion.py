@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -495,6 +496,12 @@ needs_avion = pytest.mark.skipif(
 )
 
 
+TEST_METADATA = "EPIC_100_retrieval_test.csv"
+TEST_RELEVANCY = "relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl"
+PRETRAIN_FLAGS = ["--model", "CLIP_TINY", "--project-embed-dim", "32", "--clip-length", "2", "--batch-size", "4"]
+PRETRAIN_FLAGS += ["-j", "0", "--epochs", "2", "--print-freq", "1", "--lr", "1e-3"]
+
+
 @pytest.fixture(scope="session")
 def real_data():
     # Not under pytest's own folder: AVION replaces "test" anywhere in a path.
@@ -503,17 +510,29 @@ def real_data():
 
 
 def run_real(folder: Path, real: Path, name: str, *flags: object, ranks: int = 1, code: int = 0, **more):
-    root = Path(os.environ["AVION_ROOT"]).resolve()
-    install = more.pop("install", True)
+    root, script = Path(os.environ["AVION_ROOT"]).resolve(), more.pop("script", SCRIPT)
+    made, install, out = overlay(folder, root), more.pop("install", True), folder / "out" / name
+    command = ["bash", str(HARNESS), str(out), "--lr", "1e-3", *map(str, flags)]
+    variables = {"PY": sys.executable, "DATA": str(real), "NPROC": str(ranks), "EXTRA_PP": str(REPOSITORY)}
+    if script == PRETRAIN:  # what the harness does for the other script
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *TORCHRUN, str(ranks), f"scripts/{script}", *PRETRAIN_FLAGS, *map(str, flags)]
+        command += ["--root-val", str(real / "video"), "--output-dir", str(out)]
+        for name_, file in (("val-metadata", TEST_METADATA), ("relevancy-path", TEST_RELEVANCY)):
+            command += [f"--{name_}", str(real / "ann" / file)]
+        paths = (HARNESS.parent / "site", made, REPOSITORY)
+        variables |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "AVION_CPU_SHIM": "1", "OMP_NUM_THREADS": "1"}
+        variables |= {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "TEST_SPREAD": "1"}
     done = subprocess.run(
-        ["bash", str(HARNESS), str(folder / "out" / name), "--lr", "1e-3", *map(str, flags)],
+        command,
         env={
             **os.environ,
-            **environment(folder / name, root, install, PY=sys.executable, DATA=str(real), NPROC=str(ranks)),
-            "AVION_ROOT": str(overlay(folder, root)),
-            "EXTRA_PP": str(REPOSITORY),
+            **environment(folder / name, root / "scripts" / script, install),
+            **variables,
+            "AVION_ROOT": str(made),
             **more,
         },
+        cwd=made,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -544,20 +563,92 @@ def test_real_loop_equals_the_reference(ranks, distribution, flags, real_data, t
     total = 12 // ranks
     assert len(recorded[0]["loss"]) == total
     preset = ("info_nce", 0.08, 0.05, 0.20) if "mmts-infonce" in flags else ()
-    worst = check(recorded, KEYS[distribution], real_counts(real_data, distribution), total, *preset)
+    worst = check_classes(recorded, distribution, real_counts(real_data, distribution), total, *preset)
     print(f"greatest difference {worst:.1e}")
     assert worst < 1e-6
-    assert output.count("MM-TS step ") == total
+    assert output.count("\tMM-TS ") == total
+    assert "mm" not in (tmp_path / "out" / "run" / "log.txt").read_text().lower()
 
 
 @needs_avion
-def test_real_loop_without_the_flag_and_resumed(real_data, tmp_path):
+def test_real_loop_counts_the_drawn_caption(real_data, tmp_path):
+    with (real_data / "ann" / "EPIC_100_retrieval_train.csv").open() as file:
+        noun = {row["narration"]: row["noun_class"] for row in csv.DictReader(file)}
+    counts = real_counts(real_data, "noun")
+    flags = ("--loss", "mmts", "--mmts-cluster-of", "caption")
+    _, recorded = run_real(tmp_path, real_data, "run", *flags, ranks=2)
+    worst = check(recorded, lambda _verb, _noun, caption: counts[noun[caption]], counts.values(), 6)
+    print(f"greatest difference {worst:.1e}")
+    assert worst < 1e-6
+    assert check_classes(recorded, "noun", counts, 6) > 1e-4
+
+
+@needs_avion
+def test_real_spawned_workers(real_data, tmp_path):
+    flags = ("--loss", "mmts", "-j", 1, "--use-multi-epochs-loader")
+    lines = {}
+    for context in ("spawn", "fork"):
+        output, _ = run_real(tmp_path, real_data, context, *flags, TEST_WORKERS=context)
+        lines[context] = [line.split("MM-TS ")[1] for line in output.splitlines() if "\tMM-TS " in line]
+    assert len(lines["fork"]) == 12
+    assert lines["spawn"] == lines["fork"]
+
+
+@needs_avion
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_real_loop_killed_and_resumed(ranks, real_data, tmp_path):
+    flags = ("--loss", "mmts")
+    _, whole = run_real(tmp_path, real_data, "whole", *flags, ranks=ranks)
+    die = {"TEST_DIE_AT": str(6 // ranks)}
+    _, first = run_real(tmp_path, real_data, "cut", *flags, ranks=ranks, code=9, **die)
+    output, second = run_real(tmp_path, real_data, "cut", *flags, ranks=ranks)
+    assert "loaded latest checkpoint" in output
+    for rank in range(ranks):
+        resumed = np.concatenate([first[rank]["loss"], second[rank]["loss"]])
+        np.testing.assert_array_equal(resumed, whole[rank]["loss"])
+
+
+@needs_avion
+def test_real_loop_without_the_flag(real_data, tmp_path):
     _, armed = run_real(tmp_path, real_data, "armed")
     _, plain = run_real(tmp_path, real_data, "plain", install=False, MMTS="0")
     for name, values in plain[0].items():
         np.testing.assert_array_equal(values, armed[0][name])
-    _, whole = run_real(tmp_path, real_data, "whole", "--loss", "mmts")
-    _, first = run_real(tmp_path, real_data, "cut", "--loss", "mmts", code=9, TEST_DIE_AT="6")
-    output, second = run_real(tmp_path, real_data, "cut", "--loss", "mmts")
-    assert "loaded latest checkpoint" in output
-    np.testing.assert_array_equal(np.concatenate([first[0]["loss"], second[0]["loss"]]), whole[0]["loss"])
+
+
+@needs_avion
+@pytest.mark.parametrize("rate", [[], ["--fix-lr", "--freeze-temperature"]])
+def test_real_pretraining(rate, real_data, tmp_path):
+    run_real(tmp_path, real_data, "data")  # the harness makes its data
+    with (real_data / "ann" / "EPIC_100_retrieval_train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    seconds = lambda stamp: sum(float(part) * 60 ** (2 - i) for i, part in enumerate(stamp.split(":")))  # noqa: E731
+    samples = [
+        (r["video_id"], seconds(r["start_timestamp"]), seconds(r["stop_timestamp"]), r["narration"]) for r in rows
+    ]
+    samples = [(*s[:3], [s[3], samples[0][3]]) if i % 3 == 0 else s for i, s in enumerate(samples)]
+    with tempfile.TemporaryDirectory(prefix="ego-") as name:
+        folder = Path(name)
+        (folder / "narrations.pkl").write_bytes(pickle.dumps(samples))
+        for chunk in real_data.glob("video/*/*.MP4/*.MP4"):
+            link = folder / f"{chunk.parent.stem}.mp4" / f"{chunk.stem}.mp4"
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(chunk)
+        captions = sorted({r["narration"] for r in rows})
+        sizes = {caption: 1 + i**2 for i, caption in enumerate(captions)}
+        ClusterTable.build(captions, range(len(sizes)), list(sizes.values())).save(tmp_path / "captions.parquet")
+        flags = ("--root", folder, "--train-metadata", folder / "narrations.pkl", "--loss", "mmts", *rate)
+        flags += ("--mmts-clusters", tmp_path / "captions.parquet")
+        output, whole = run_real(tmp_path, real_data, "whole", *flags, ranks=2, script=PRETRAIN)
+        preset = ("info_nce", 0.08, 0.05, 0.20)
+        worst = check(whole, lambda _verb, _noun, caption: sizes[caption], sizes.values(), 6, *preset)
+        print(f"greatest difference {worst:.1e}")
+        assert worst < 1e-6
+        assert np.ptp([rank["loss"] for rank in whole]) > 0.1
+        assert output.count("\tMM-TS ") == 6
+        die = {"TEST_DIE_AT": "3"}
+        _, first = run_real(tmp_path, real_data, "cut", *flags, ranks=2, script=PRETRAIN, code=9, **die)
+        _, second = run_real(tmp_path, real_data, "cut", *flags, ranks=2, script=PRETRAIN)
+        for rank in range(2):
+            resumed = np.concatenate([first[rank]["loss"], second[rank]["loss"]])
+            np.testing.assert_array_equal(resumed, whole[rank]["loss"])
