@@ -26,6 +26,7 @@ from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
 from ..runtime import Runtime
 
+FAMILY = MAX_MARGIN
 DEFAULT_PRESETS = {INFONCE: "avion-clip", MAX_MARGIN: "avion-max-margin"}
 # Every sample's class is known before the first step, so an unknown one can stop the run there.
 DEFAULTS = {"distribution": "noun", "missing": "error"}
@@ -60,7 +61,7 @@ class Run:
     """
 
     def __init__(self, flags: dict[str, Any], host_version: str = "") -> None:
-        self.config: Config = resolve(flags, MAX_MARGIN, DEFAULT_PRESETS, DEFAULTS)
+        self.config: Config = resolve(flags, FAMILY, DEFAULT_PRESETS, DEFAULTS)
         self.allow_change = bool(flags.get("mmts_allow_config_change"))
         self.host_version = host_version
         self.table: Optional[ClusterTable] = None

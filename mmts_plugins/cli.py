@@ -32,7 +32,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import doctor
+    from . import doctor, plan
     from .clustering import command as cluster
     from .demo import command as demo
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     launcher.set_defaults(run=lambda _: launcher.print_help())
     doctor.add_parser(commands)
+    plan.add_parser(commands)
     demo.add_parser(commands)
     return parser
 
