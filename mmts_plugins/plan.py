@@ -125,8 +125,8 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
         help="resolve a run's --loss and --mmts-* flags without host or GPU, and show the temperatures they lead to",
         description="Resolves --loss (default: mmts) and --mmts-* flags as the host's run would, checks the files they "
-        "name, and prints the configuration and the temperatures at the extremes of the schedule. Needs neither the host "
-        "nor a GPU. Exit status 2, with the run's own error, if it would not start.",
+        "name, and prints the configuration and the temperatures at the extremes of the schedule. Needs no host "
+        "and no GPU. Exit status 2, with the run's own error, if it would not start.",
         epilog="For example: mmts schedule --host openclip --total-steps 6000 --mmts-clusters clusters.parquet",
     )
     parser.add_argument("--host", required=True, choices=host_names(), help="the trainer whose defaults apply")
