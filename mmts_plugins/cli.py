@@ -32,9 +32,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import doctor, plan
+    from . import doctor
     from .clustering import command as cluster
     from .demo import command as demo
+    from .report import command as report
 
     parser = argparse.ArgumentParser(
         prog="mmts",
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     launcher.set_defaults(run=lambda _: launcher.print_help())
     doctor.add_parser(commands)
-    plan.add_parser(commands)
+    report.add_parsers(commands)
     demo.add_parser(commands)
     return parser
 

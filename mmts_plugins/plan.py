@@ -1,20 +1,21 @@
-"""``mmts schedule``, and where a run's temperatures will go before it runs: thirds of the table, extremes in time."""
+"""Where a run's temperatures will go, before it runs: the shifts of its table's thirds, the extremes in time."""
 
 from __future__ import annotations
 
-import argparse
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
 from . import adapters
+from ._files import PathLike
 from .clusters import CAPTION, ClusterTable
-from .config import Config, flag_parser, merge
+from .config import Config, merge
 from .errors import ConfigError, TableError
 from .presets import MAX_MARGIN, PRESETS
 from .schedule import CosineSchedule
@@ -114,47 +115,49 @@ class Plan:
         return values
 
 
-# -- mmts schedule -----------------------------------------------------------------------------------------------------
+def read_table(path: PathLike) -> ClusterTable:
+    """A cluster table, or the ``class_id,count`` CSV that AVION's runs take in its place.
+
+    Raises:
+        TableError: it cannot be read as what its name says.
+    """
+    from .adapters.avion import load_classes
+
+    return load_classes(str(path)) if str(path).endswith(".csv") else ClusterTable.load(path)
 
 
-def add_parser(commands: Any) -> None:
-    """Register ``schedule`` on the parsers of ``mmts``."""
-    parser = commands.add_parser(
-        "schedule",
-        parents=[flag_parser()],
-        allow_abbrev=False,
-        help="resolve a run's --loss and --mmts-* flags without host or GPU, and show the temperatures they lead to",
-        description="Resolves --loss (default: mmts) and --mmts-* flags as the host's run would, checks the files they "
-        "name, and prints the configuration and the temperatures at the extremes of the schedule. Needs no host "
-        "and no GPU. Exit status 2, with the run's own error, if it would not start.",
-        epilog="For example: mmts schedule --host openclip --total-steps 6000 --mmts-clusters clusters.parquet",
-    )
-    parser.add_argument("--host", required=True, choices=host_names(), help="the trainer whose defaults apply")
-    parser.add_argument("--total-steps", required=True, type=int, metavar="N", help="optimizer steps of the whole run")
-    parser.add_argument(
-        "--train-metadata",
-        metavar="FILE",
-        help="AVION: the annotation file whose classes the run counts, where no --mmts-clusters is given",
-    )
-    parser.set_defaults(run=run)
+def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[ClusterTable], str]:
+    """The table of a run from its ``mmts.yaml``.
+
+    Args:
+        record: the file's content.
+        beside: the file; the table's path is tried from the current folder, and from this file's folder upwards.
+
+    Returns:
+        The table and nothing, or ``None`` and why it is not there. A table whose content is not what the run recorded
+        is not taken.
+    """
+    name = record.get("clusters")
+    if record.get("no_shifts"):
+        return None, "the run uses no shifts"
+    if name is None:
+        return None, "the run counted its classes in its own annotation file"
+    folders = [Path(), *Path(beside).resolve().parents[:4]]
+    found = next((path for folder in folders if (path := folder / name).exists()), None)
+    if found is None:
+        return None, f"{name} is not found from here"
+    try:
+        table = read_table(found)
+    except TableError as error:
+        return None, str(error)
+    if record.get("table_hash") not in (None, table.content_hash):
+        return None, f"{found} has another content hash than the run's table ({record['table_hash']})"
+    return table, ""
 
 
 def host_names() -> list[str]:
-    """The hosts that have an adapter, as ``--host`` takes them."""
+    """The hosts that have an adapter."""
     return sorted(module.name for module in pkgutil.iter_modules(adapters.__path__))
-
-
-def run(args: argparse.Namespace) -> int:
-    """Resolve, check, print; see ``mmts schedule --help``."""
-    flags = {name: value for name, value in vars(args).items() if name == "loss" or name.startswith("mmts_")}
-    if "mmts_config" not in flags:
-        flags.setdefault("loss", "mmts")
-    config, table = resolve_for(args.host, flags, args.train_metadata)
-    plan = Plan(vars(config), args.total_steps, table)
-    print("\n".join([*_facts(args.host, plan), "", *_temperatures(plan)]))
-    for warning in config.warnings():
-        print(f"\nwarning: {warning}")
-    return 0
 
 
 def resolve_for(
@@ -170,6 +173,8 @@ def resolve_for(
     Raises:
         ConfigError, TableError: what would stop the run.
     """
+    if host not in host_names():
+        raise ConfigError(f"--host {host!r} has no adapter; choose from {', '.join(host_names())}")
     adapter = import_module(f"{adapters.__name__}.{host}")
     defaults = getattr(adapter, "DEFAULTS", {})
     config = Config(**merge(flags, adapter.FAMILY, adapter.DEFAULT_PRESETS, defaults))
@@ -194,7 +199,12 @@ def resolve_for(
     return config, adapter.count_classes(train_metadata, config.distribution)
 
 
-def _facts(host: str, plan: Plan) -> list[str]:
+def describe(plan: Plan, host: str) -> str:
+    """What ``mmts schedule`` prints: the configuration, the table, and the temperatures at the extremes."""
+    return "\n".join([*_facts(plan, host), "", *_temperatures(plan)])
+
+
+def _facts(plan: Plan, host: str) -> list[str]:
     values, table = plan.values, plan.table
     facts = [("host", host)]
     facts += [(name, _shown(values[name])) for name in ("loss", "preset", "alpha", "shift_min", "shift_max", "missing")]

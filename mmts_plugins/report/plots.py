@@ -34,28 +34,28 @@ def check_matplotlib() -> None:
         raise MMTSError(f"plots need matplotlib ({error}): pip install 'mmts-plugins[report]'") from error
 
 
-def new_figure(
-    height: float, height_ratios: Sequence[float] = (1,), width: float = WIDTH, columns: Sequence[float] = (1,)
-) -> tuple[Figure, Any]:
-    """A figure in the report's style, made without pyplot: no display is needed and no global state is touched.
-
-    Args:
-        height, width: in inches; a page shows :data:`WIDTH` at full width.
-        height_ratios: of the rows of axes.
-        columns: width ratios; with a single column the axes come as a vector, else as a matrix.
-    """
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure without axes, in inches, made without pyplot: no display is needed and no global state is touched."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    axes = figure.subplots(
-        len(height_ratios), len(columns), squeeze=False, height_ratios=height_ratios, width_ratios=columns
-    )
-    for each in axes.flat:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        each.set_axisbelow(True)
-    return figure, axes[:, 0] if len(columns) == 1 else axes
+    return Figure(figsize=(width, height), dpi=200, layout="constrained")
+
+
+def new_figure(height: float, height_ratios: Sequence[float] = (1,)) -> tuple[Figure, Any]:
+    """A figure as wide as a page, with a column of axes: the figure and a vector of its axes, in the shared style."""
+    figure = blank_figure(WIDTH, height)
+    axes = figure.subplots(len(height_ratios), 1, squeeze=False, height_ratios=height_ratios)[:, 0]
+    for each in axes:
+        style(each)
+    return figure, axes
+
+
+def style(axes: Axes) -> None:
+    """What all axes share: no box, and a light grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def tail_to_head() -> Colormap:
