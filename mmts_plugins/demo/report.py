@@ -14,6 +14,7 @@ import numpy as np
 from .._files import replacing
 from ..clusters import ClusterTable
 from ..config import FILE_NAME, read_record
+from ..report.concepts import Concepts
 from ..report.page import embedded, shell
 from ..report.plots import HEAD, MIDDLE, MMTS, PLAIN, TAIL, legend_above, new_figure, save, tail_to_head
 from ..schedule import CosineSchedule
@@ -70,7 +71,8 @@ def plot_temperatures(path: Path, table: ClusterTable, mmts: TrainingRun, plain:
         A description of the picture.
     """
     record = read_record(mmts.checkpoint.parent / FILE_NAME)
-    _, sizes, shifts = _clusters(table, record)
+    concepts = _clusters(table, record)
+    sizes, shifts = concepts.frequency, concepts.shift
     total = int(record["total_steps"])
     schedule = CosineSchedule(0.0 if record["no_schedule"] else record["alpha"], record["period"])
     steps = np.arange(total)
@@ -115,7 +117,8 @@ def plot_cluster_sizes(
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    clusters, sizes, shifts = _clusters(table, read_record(mmts.checkpoint.parent / FILE_NAME))
+    concepts = _clusters(table, read_record(mmts.checkpoint.parent / FILE_NAME))
+    clusters, sizes, shifts = concepts.ids, concepts.frequency, concepts.shift
     colors = ScalarMappable(Normalize(shifts.min(), shifts.max()), tail_to_head())
     figure, (axes,) = new_figure(2.7)
     bars = axes.bar(np.arange(len(sizes)), sizes, color=colors.to_rgba(shifts), width=0.76 if names else 1.0)
@@ -152,17 +155,11 @@ def plot_accuracy(path: Path, outcome: Outcome) -> str:
     )
 
 
-def _clusters(table: ClusterTable, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, sizes (as Eq. 6 reads them) and shifts of the clusters under a recorded config, largest first."""
+def _clusters(table: ClusterTable, record: dict[str, Any]) -> Concepts:
+    """The clusters under a recorded config, largest first."""
     if record["no_shifts"]:
-        shift = np.full(len(table), (record["shift_min"] + record["shift_max"]) / 2)
-    else:
-        shift = table.shifts(record["shift_min"], record["shift_max"])
-    clusters, cluster = np.unique(table.cluster, return_inverse=True)
-    count = np.bincount(cluster, weights=table.count)
-    sizes, shifts = (np.bincount(cluster, weights=each * table.count) / count for each in (table.frequency, shift))
-    order = np.argsort(-sizes, kind="stable")
-    return clusters[order], sizes[order], shifts[order]
+        return Concepts.of(table, np.full(len(table), (record["shift_min"] + record["shift_max"]) / 2))
+    return Concepts.of(table, table.shifts(record["shift_min"], record["shift_max"]))
 
 
 # --- the demo's result and page -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..config import flag_parser
+from ..config import DISTRIBUTIONS, flag_parser
 from ..errors import ConfigError
 from ..presets import PRESETS
 
@@ -70,8 +70,8 @@ def _add_plot(commands: Any) -> None:
         allow_abbrev=False,
         help="base, head, middle and tail temperature over the run, and what each negative weighs at its extremes",
         description="Draws the base, head, middle and tail temperature over the run, one row for each preset or "
-        "config, with the values that break a guard marked; and how much a negative weighs at the schedule's extremes (Fig. 1 "
-        "of the paper). Values that a run would refuse are drawn all the same.",
+        "config, with the values that break a guard marked; and how much a negative weighs at the schedule's extremes "
+        "(Fig. 1 of the paper). Values that a run would refuse are drawn all the same.",
         epilog="For example: mmts plot schedule --preset clip-cc3m vast-clip --table clusters.parquet -o schedule.png",
     )
     add = parser.add_argument
@@ -116,5 +116,67 @@ def _picture(path: Path) -> Path:
     return path
 
 
+# -- mmts report -------------------------------------------------------------------------------------------------------
+
+
 def _add_report(commands: Any) -> None:
-    pass
+    parser = commands.add_parser(
+        "report",
+        allow_abbrev=False,
+        help="one page about cluster tables, or about training runs",
+        description="Writes report.html (one file, nothing fetched) and its plots as PNGs. Of cluster tables: the long "
+        "tail, shifts and temperatures under a preset, the largest and smallest clusters with their telling words, "
+        "duplicates, stability, a map of the captions. Of runs (folders with an mmts.yaml in or below them, or plain "
+        "runs of a host to compare with): config, schedule, losses, metrics, differences, and a fragment for a model "
+        "card.",
+        epilog="For example: mmts report clusters.parquet --encoder sentence-transformers/all-MiniLM-L6-v2 -o report, "
+        "or: mmts report logs/plain logs/mmts -o report",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT",
+        help="cluster tables (Parquet, class_id,count CSV, annotations in EK-100's form), or folders of runs")  # fmt: skip
+    add("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    add("--force", action="store_true", help="replace a report in DIR")
+    add = parser.add_argument_group("tables").add_argument
+    add("--preset", metavar="NAME",
+        help=f"shifts and amplitude to show: {', '.join(PRESETS)}; default: clip-cc3m for captions, avion-max-margin "
+        "for classes")  # fmt: skip
+    add("--distribution", choices=DISTRIBUTIONS, help="of annotations, only this; default: all three")
+    add("--embeddings", metavar="FILE", help=".npy or .safetensors, a row for each key of the table, for the map")
+    add("--encoder", metavar="NAME", help="embed a sample of the captions for the map, as in mmts cluster")
+    add("--projection", choices=("tsne", "umap"), default="tsne", help="of the map (default: tsne)")
+    add("--sample", type=int, default=2000, metavar="N", help="captions on the map (default: 2000)")
+    add("--seed", type=int, default=0, metavar="S", help="of the sample and the map (default: 0)")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(args: argparse.Namespace) -> int:
+    from .plots import check_matplotlib
+
+    check_matplotlib()
+    _check_folder(args.output, args.force)
+    if args.sample < 1 or args.seed < 0:
+        raise ConfigError("--sample must be at least 1, --seed at least 0")
+    for path in args.inputs:
+        if not Path(path).exists():
+            raise ConfigError(f"{path}: no such table or run")
+    from . import table
+
+    options = table.Options(
+        args.preset, args.embeddings, args.encoder, args.projection, args.sample, args.seed,
+        (args.distribution,) if args.distribution else DISTRIBUTIONS,
+    )  # fmt: skip
+    written = table.write(args.inputs, args.output, options)
+    print("\n".join(f"Written to {path}" for path in written))
+    return 0
+
+
+def _check_folder(folder: Path, force: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; -o/--output names a folder")
+    if (folder / "report.html").exists() and not force:
+        raise ConfigError(f"{folder}: holds a report already; pass --force to replace it, or another -o/--output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write there: {error.strerror}") from error

@@ -71,6 +71,11 @@ class Page:
             temporary.write_text(shell(self.title, "\n".join(self._body)), encoding="utf-8")
 
 
+def number(value: float) -> str:
+    """A count or a mean of counts, to four digits: 14,848 or 93.28."""
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
+
+
 def embedded(image: Path, alt: str) -> str:
     """An ``img`` element that holds the PNG itself."""
     data = base64.b64encode(image.read_bytes()).decode()
@@ -90,7 +95,7 @@ _SHELL = Template("""<!doctype html>
 <title>$title</title>
 <style>
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 46rem; margin: 0 auto;
-       padding: 1.5rem 1rem 3rem; overflow-wrap: anywhere; }
+       padding: 1.5rem 1rem 3rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
@@ -101,11 +106,14 @@ ul { margin: .3rem 0; padding-left: 1.2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .25rem .35rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right;
          vertical-align: top; }
-th { border-bottom: 2px solid #1c1c1c; overflow-wrap: normal; }
+th { border-bottom: 2px solid #1c1c1c; }
+td:not(:first-child) { white-space: nowrap; }
+.words td, .words th { white-space: normal; min-width: 5.5rem; overflow-wrap: anywhere; }
+.words td:first-child { overflow-wrap: break-word; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
 th:first-child, td:first-child { padding-left: 0; }
 img { width: 100%; height: auto; }
-pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .8rem; }
+pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 .small { font-size: .9rem; color: #555; }
 @media (max-width: 34rem) { table { font-size: .85rem; } }
 </style>
