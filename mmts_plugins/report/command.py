@@ -133,8 +133,12 @@ def _add_report(commands: Any) -> None:
         "or: mmts report logs/plain logs/mmts -o report",
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT",
-        help="cluster tables (Parquet, class_id,count CSV, annotations in EK-100's form), or folders of runs")  # fmt: skip
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="cluster tables (Parquet, class_id,count CSV, annotations in EK-100's form), or folders of runs",
+    )
     add("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--force", action="store_true", help="replace a report in DIR")
     add = parser.add_argument_group("tables").add_argument

@@ -345,8 +345,8 @@ def plot_long_tail(path: Path, shown: Sequence[Shown]) -> str:
     figure, (top, bottom) = new_figure(5.6, height_ratios=(1.25, 1))
     single = len(shown) == 1
     said = []
-    for number, each in enumerate(shown):
-        color = MIDDLE if single else SERIES[number % len(SERIES)]
+    for index, each in enumerate(shown):
+        color = MIDDLE if single else SERIES[index % len(SERIES)]
         frequency = each.concepts.frequency
         rank = np.arange(1, len(frequency) + 1)
         if single:
@@ -358,8 +358,10 @@ def plot_long_tail(path: Path, shown: Sequence[Shown]) -> str:
         held = np.concatenate([[0], np.cumsum(each.concepts.samples)]) / each.concepts.samples.sum()
         bottom.plot(100 * np.linspace(0, 1, len(held)), 100 * held, color=color, linewidth=2)
         third = held[-(-len(rank) // 3)]
-        said.append(f"{each.name}: {number(frequency[0])} samples for the most common of {len(rank):,} {each.things} down "
-                    f"to {number(frequency[-1])}; the most common third of them hold {third:.0%} of the samples")  # fmt: skip
+        said.append(
+            f"{each.name}: {number(frequency[0])} samples for the most common of {len(rank):,} {each.things} down to "
+            f"{number(frequency[-1])}; the most common third of them hold {third:.0%} of the samples"
+        )
     things = shown[0].things if len({each.things for each in shown}) == 1 else "concepts"
     top.set_ylabel("frequency (samples)")
     top.set_xlabel(f"{things}, most common first")
@@ -386,8 +388,8 @@ def plot_temperatures(path: Path, shown: Sequence[Shown]) -> str:
     figure, (axes,) = new_figure(3.3)
     said = []
     share = np.linspace(0, 1, _QUANTILES + 1)
-    for number, each in enumerate(shown):
-        color = MIDDLE if len(shown) == 1 else SERIES[number % len(SERIES)]
+    for index, each in enumerate(shown):
+        color = MIDDLE if len(shown) == 1 else SERIES[index % len(SERIES)]
         half = each.plan.schedule.alpha / 2
         shifts = each.table.shifts(each.plan.values["shift_min"], each.plan.values["shift_max"])
         order = np.argsort(-shifts, kind="stable")
