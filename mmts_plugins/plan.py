@@ -178,25 +178,27 @@ def resolve_for(
     adapter = import_module(f"{adapters.__name__}.{host}")
     defaults = getattr(adapter, "DEFAULTS", {})
     config = Config(**merge(flags, adapter.FAMILY, adapter.DEFAULT_PRESETS, defaults))
-    if "distribution" not in defaults:  # the host's samples are found by caption
-        if config.distribution is not None:
-            raise ConfigError(f"--mmts-distribution counts AVION's classes; {host} takes --mmts-clusters")
-        if train_metadata is not None:
-            raise ConfigError(f"--train-metadata is for AVION's classes; {host} takes --mmts-clusters")
-        if config.clusters is None:
-            return config, None
-        table = ClusterTable.load(config.clusters)
-        if table.kind != CAPTION:
-            raise TableError(f"{table.source}: a table of {table.kind} ids, but {host} finds samples by caption")
-        return config, table
+    counts_classes = "distribution" in defaults
+    if not counts_classes and config.distribution is not None:
+        raise ConfigError(f"--mmts-distribution counts AVION's classes; {host} takes --mmts-clusters")
+    if not counts_classes and train_metadata is not None:
+        raise ConfigError(f"--train-metadata is for AVION's classes; {host} takes --mmts-clusters")
     if config.no_shifts:
         return config, None
     if config.clusters is not None:
-        return config, adapter.load_classes(config.clusters)
+        load = getattr(adapter, "load_table", None) or (adapter.load_classes if counts_classes else _captions)
+        return config, load(config.clusters)
     if train_metadata is None:
         return config, None
     assert config.distribution is not None
     return config, adapter.count_classes(train_metadata, config.distribution)
+
+
+def _captions(path: str) -> ClusterTable:
+    table = ClusterTable.load(path)
+    if table.kind != CAPTION:
+        raise TableError(f"{path}: a table of {table.kind} ids, but this host finds its samples by caption")
+    return table
 
 
 def describe(plan: Plan, host: str) -> str:
@@ -205,12 +207,14 @@ def describe(plan: Plan, host: str) -> str:
 
 
 def _facts(plan: Plan, host: str) -> list[str]:
-    values, table = plan.values, plan.table
+    table = plan.table
+    elsewhere = ("clusters", "num_oscillations", "period")
     facts = [("host", host)]
-    facts += [(name, _shown(values[name])) for name in ("loss", "preset", "alpha", "shift_min", "shift_max", "missing")]
-    facts += [(name, "yes") for name in ("no_schedule", "no_shifts") if values[name]]
-    if values["distribution"] is not None:
-        facts.append(("distribution", values["distribution"]))
+    facts += [
+        (name, _shown(value))
+        for name, value in plan.values.items()
+        if name not in elsewhere and value is not None and value is not False
+    ]
     if table is not None:
         things = "captions" if table.kind == CAPTION else "classes"
         facts += [
@@ -218,7 +222,7 @@ def _facts(plan: Plan, host: str) -> list[str]:
             ("", f"{len(table):,} {things} in {len(table.sizes):,} clusters, {table.count.sum():,} samples"),
             ("", f"frequency {table.frequency.min():g} to {table.frequency.max():g}, hash {table.content_hash}"),
         ]
-    elif not values["no_shifts"]:
+    elif not plan.values["no_shifts"]:
         facts.append(("clusters", "counted in the run's --train-metadata; give it here too to see the thirds"))
     steps, period = plan.total_steps, plan.schedule.period
     if plan.schedule.alpha:
@@ -243,4 +247,4 @@ def _temperatures(plan: Plan) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "yes" if value is True else f"{value:g}" if isinstance(value, float) else str(value)

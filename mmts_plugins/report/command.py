@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from ..config import DISTRIBUTIONS, flag_parser
+from ..config import DISTRIBUTIONS, FILE_NAME, flag_parser
 from ..errors import ConfigError
 from ..presets import PRESETS
 
@@ -164,15 +165,36 @@ def _run_report(args: argparse.Namespace) -> int:
     for path in args.inputs:
         if not Path(path).exists():
             raise ConfigError(f"{path}: no such table or run")
-    from . import table
+    tables = [_is_table(Path(path)) for path in args.inputs]
+    if all(tables):
+        from . import table
 
-    options = table.Options(
-        args.preset, args.embeddings, args.encoder, args.projection, args.sample, args.seed,
-        (args.distribution,) if args.distribution else DISTRIBUTIONS,
-    )  # fmt: skip
-    written = table.write(args.inputs, args.output, options)
+        options = table.Options(
+            args.preset,
+            args.embeddings,
+            args.encoder,
+            args.projection,
+            args.sample,
+            args.seed,
+            (args.distribution,) if args.distribution else DISTRIBUTIONS,
+        )
+        written = table.write(args.inputs, args.output, options)
+    elif any(tables):
+        raise ConfigError("tables and runs are two reports: call mmts report once for each")
+    else:
+        from . import run
+
+        written = run.write(args.inputs, args.output)
     print("\n".join(f"Written to {path}" for path in written))
     return 0
+
+
+def _is_table(path: Path) -> bool:
+    """A Parquet or CSV file, or a folder of Parquet parts that is no run's."""
+    if path.is_file():
+        return path.name != FILE_NAME
+    is_run = any((place / FILE_NAME).exists() for place in (path, path / "checkpoints"))
+    return not is_run and any(path.glob("*.parquet"))
 
 
 def _check_folder(folder: Path, force: bool) -> None:
@@ -180,7 +202,8 @@ def _check_folder(folder: Path, force: bool) -> None:
         raise ConfigError(f"{folder}: is a file; -o/--output names a folder")
     if (folder / "report.html").exists() and not force:
         raise ConfigError(f"{folder}: holds a report already; pass --force to replace it, or another -o/--output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot write there: {error.strerror}") from error
+    above = folder.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{folder}: cannot be written, {above} is not a writable folder (-o/--output)")

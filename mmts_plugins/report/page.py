@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -74,6 +75,11 @@ class Page:
 def number(value: float) -> str:
     """A count or a mean of counts, to four digits: 14,848 or 93.28."""
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def embedded(image: Path, alt: str) -> str:

@@ -22,7 +22,7 @@ from ..errors import ConfigError, MMTSError, TableError
 from ..plan import Plan
 from ..presets import PRESETS
 from .concepts import Concepts, examples, telling_words
-from .page import Page, number
+from .page import Page, number, slug
 from .plots import MIDDLE, SERIES, legend_above, new_figure, save, tail_to_head
 
 _DEFAULT_PRESET = {CAPTION: "clip-cc3m", CLASS: "avion-max-margin"}
@@ -63,7 +63,7 @@ class Shown:
     @property
     def slug(self) -> str:
         """The name as part of a file's name."""
-        return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(csv|parquet)\b", "", self.name))
+        return slug(re.sub(r"\.(csv|parquet)\b", "", self.name))
 
 
 def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
@@ -104,7 +104,7 @@ def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
     several = len(shown) > 1
     for each, points in zip(shown, maps):
         words = _words(each, options.seed)
-        if several:
+        if several and each.table.kind == CAPTION:
             page.heading(each.name)
         _stability(page, each, several)
         if each.table.kind == CAPTION:
@@ -185,7 +185,7 @@ def _facts(page: Page, shown: Sequence[Shown]) -> None:
             "distinct captions" if table.kind == CAPTION else "": f"{len(table):,}",
             "clusters or classes" if len(shown) > 1 else each.things: f"{len(each.concepts):,}",
             "most common, rarest": f"{number(frequency[0])} and {number(frequency[-1])} samples",
-            "imbalance": f"{frequency[0] / frequency[-1]:,.1f} to 1",
+            "imbalance": f"{number(frequency[0] / frequency[-1])} to 1",
             "half of the samples": f"in the {half:,} most common ({half / len(each.concepts):.0%})",
         }
         facts.pop("", None)
