@@ -12,13 +12,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
 from .._files import PathLike
 from ..config import FILE_NAME, read_record
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 LOG_NAME = "mmts.jsonl"
 THIRDS = ("head", "mid", "tail")
@@ -247,5 +250,5 @@ def _metrics(places: Sequence[Path], notes: list[str]) -> dict[str, Metric]:
     return metrics
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

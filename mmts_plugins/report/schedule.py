@@ -142,7 +142,7 @@ def draw_weights(axes: Axes, plan: Plan) -> None:
     """
     half = plan.schedule.alpha / 2
     names = list(plan.shifts)
-    chosen = [name for name in ("tail", "head") if name in names] or list(dict.fromkeys((names[0], names[-1])))
+    chosen = ["tail", "head"] if "head" in names else list(dict.fromkeys([names[0], names[-1]]))
     gap = np.linspace(-_BROADEST, 0, 600)
     for name in chosen:
         for base, dashes, where in ((-half, (3, 1.5), "lowest"), (half, (None, None), "highest")):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -110,20 +110,12 @@ def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
         if each.table.kind == CAPTION:
             _examples(page, each, words, several)
             _section(page, "Map of the captions", several)
-            if points is None:
-                page.text("Not drawn: give the captions' embeddings (--embeddings FILE.npy, a row for each key of the "
-                          "table) or an encoder (--encoder NAME).")  # fmt: skip
-            elif isinstance(points, str):
-                page.text(points)
-            else:
+            if isinstance(points, Points):
                 name = f"map_{each.slug}.png" if several else "map.png"
-                picture(name, plot_map(folder / name, each, *points, options.projection))
-                page.text(
-                    f"{_PROJECTIONS[options.projection]} of {len(points[0]):,} captions, drawn at random. Above, "
-                    "colours are clusters (like hues mean nothing); numbers mark the most common ones: "
-                    + "; ".join(f"#{place + 1} {', '.join(words[place][:3])}" for place in range(_marked(each)))
-                    + ". Below, the same points by their shift."
-                )
+                picture(name, plot_map(folder / name, each, points, options.projection))
+                page.text(_legend(each, points, words, options.projection))
+            else:
+                page.text(points)
         _duplicates(page, each, several)
         path = folder / (f"clusters_{each.slug}.csv" if several else "clusters.csv")
         _write_clusters(path, each, words)
@@ -418,17 +410,26 @@ def plot_temperatures(path: Path, shown: Sequence[Shown]) -> str:
 
 _LABEL = {"facecolor": "white", "alpha": 0.8, "pad": 1, "edgecolor": "none"}
 _PROJECTIONS = {"tsne": "t-SNE", "umap": "UMAP"}
-Points = tuple[np.ndarray, np.ndarray]
 
 
-def _project(each: Shown, options: Options) -> Any:
-    """Rows of the table and where they lie ``[n, 2]``; or why there is no map, or None where none was asked for."""
+class Points(NamedTuple):
+    """A map: rows of the table, and where each lies, ``[n, 2]``."""
+
+    rows: np.ndarray
+    where: np.ndarray
+
+
+def _project(each: Shown, options: Options) -> Union[Points, str]:
+    """A map of a sample of the captions, or why there is none."""
     if each.table.kind == CLASS:
         if options.embeddings or options.encoder:
             raise ConfigError(f"{each.name}: a table of classes has no captions to embed; drop --embeddings, --encoder")
-        return None
+        return "Not drawn: classes have no captions."
     if not (options.embeddings or options.encoder):
-        return None
+        return (
+            "Not drawn: give the captions' embeddings (--embeddings FILE.npy, a row for each key of the table) or an "
+            "encoder (--encoder NAME)."
+        )
     if options.embeddings and options.encoder:
         raise ConfigError("give either --embeddings or --encoder, not both")
     rows = np.arange(len(each.table))
@@ -448,7 +449,7 @@ def _project(each: Shown, options: Options) -> Any:
         assert options.encoder is not None
         chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), seed=options.seed)
     check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}")
-    return rows, (_umap if options.projection == "umap" else _tsne)(chosen, options.seed)
+    return Points(rows, (_umap if options.projection == "umap" else _tsne)(chosen, options.seed))
 
 
 def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
@@ -470,13 +471,23 @@ def _umap(points: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray(UMAP(metric="cosine", random_state=seed).fit_transform(points))
 
 
+def _legend(each: Shown, points: Points, words: Sequence[Sequence[str]], projection: str) -> str:
+    marked = (f"#{place + 1} {', '.join(words[place][:3])}" for place in range(_marked(each)))
+    return (
+        f"{_PROJECTIONS[projection]} of {len(points.rows):,} captions, drawn at random; distances between groups mean "
+        "little. Above, colours are clusters (like hues mean nothing), and numbers mark the most common ones: "
+        f"{'; '.join(marked)}. Below, the same points by their shift."
+    )
+
+
 def _marked(each: Shown) -> int:
     return min(_SHOWN, len(each.concepts))
 
 
-def plot_map(path: Path, each: Shown, rows: np.ndarray, where: np.ndarray, projection: str) -> str:
+def plot_map(path: Path, each: Shown, points: Points, projection: str) -> str:
     """The captions in a plane, coloured by cluster (the paper's Figs. 4 and 7) and by shift. Returns a description."""
     figure, (top, bottom) = new_figure(9.6, height_ratios=(1, 1))
+    rows, where = points
     place = each.concepts.place[rows]
     size = 9 if len(rows) <= 2500 else 4
     order = np.random.default_rng(0).permutation(len(rows))  # so that no cluster lies on top of all others
