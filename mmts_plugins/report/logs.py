@@ -111,7 +111,8 @@ def read_run(path: PathLike) -> TrainingLog:
     """
     given = Path(path)
     folder = given.parent if given.is_file() else given
-    for base in (folder, folder.parent):
+    inside = folder.name == "checkpoints"  # OpenCLIP's, with our mmts.yaml but without its logs
+    for base in (folder.parent, folder) if inside else (folder, folder.parent):
         log = _read(base, given)
         if log is not None:
             return log

@@ -65,9 +65,22 @@ def tail_to_head() -> Colormap:
     return LinearSegmentedColormap.from_list("tail to head", [TAIL, MIDDLE, HEAD])
 
 
+def logarithmic(axes: Axes) -> None:
+    """Logarithmic axes, for data that is drawn already, that write numbers out; at 1, 2 and 5 where there is room."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_data_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
 def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """The legend of ``axes``, outside, where it hides nothing."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False,
+                  fontsize=9)  # fmt: skip
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -348,11 +348,14 @@ def _metrics(page: Page, runs: Sequence[TrainingLog]) -> None:
         rows.append([name.replace("_", " "), *cells])
     page.table(["metric", *(run.name for run in runs), *(["difference"] if len(runs) == 2 else [])], rows)
     sources = sorted({metric.source for run in runs for metric in run.metrics.values()})
-    page.text(
-        "Recalls, precisions and accuracies in per cent; brackets are 95% bootstrap intervals of one evaluation, which "
-        f"do not cover another training seed. From {', '.join(sources)}.",
-        small=True,
+    metrics = [metric for run in runs for metric in run.metrics.values()]
+    intervals = (
+        "brackets are 95% bootstrap intervals of one evaluation, which do not cover another training seed"
+        if any(metric.score.low is not None for metric in metrics)
+        else "no intervals: mmts eval gives them"
     )
+    sources = ", ".join(sorted({metric.source for metric in metrics}))
+    page.text(f"Recalls, precisions and accuracies in per cent; {intervals}. From {sources}.", small=True)
     for run in runs:
         missing = [name.replace("_", " ") for name in names if name not in run.metrics]
         if missing and run.metrics:

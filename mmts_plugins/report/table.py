@@ -23,7 +23,7 @@ from ..plan import Plan
 from ..presets import PRESETS
 from .concepts import Concepts, examples, telling_words
 from .page import Page, number, slug
-from .plots import MIDDLE, SERIES, legend_above, new_figure, save, tail_to_head
+from .plots import MIDDLE, SERIES, legend_above, logarithmic, new_figure, save, tail_to_head
 
 _DEFAULT_PRESET = {CAPTION: "clip-cc3m", CLASS: "avion-max-margin"}
 _SHOWN = 5  # largest and smallest clusters, and examples of each plus one: as the paper's Tables 10 to 12
@@ -31,6 +31,9 @@ _EXAMPLES = 4
 _REPEATED = 10
 _FEWEST_POINTS = 10
 _QUANTILES = 1000
+_BANDS = 2  # more of them hide one another
+_LABEL_LENGTH = 36
+_LEGEND_LINE = 0.2  # inches
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Shown:
     def things(self) -> str:
         """What its clusters are."""
         return "clusters" if self.table.kind == CAPTION else "classes"
+
+    @property
+    def label(self) -> str:
+        """The name, of a length that a legend holds."""
+        return self.name if len(self.name) <= _LABEL_LENGTH else "…" + self.name[1 - _LABEL_LENGTH :]
 
     @property
     def slug(self) -> str:
@@ -334,8 +342,8 @@ def plot_long_tail(path: Path, shown: Sequence[Shown]) -> str:
 
     One table is drawn on linear axes, as the paper does; several share logarithmic ones.
     """
-    figure, (top, bottom) = new_figure(5.6, height_ratios=(1.25, 1))
     single = len(shown) == 1
+    figure, (top, bottom) = new_figure(5.6 + _LEGEND_LINE * len(shown), height_ratios=(1.25, 1))
     said = []
     for index, each in enumerate(shown):
         color = MIDDLE if single else SERIES[index % len(SERIES)]
@@ -345,7 +353,7 @@ def plot_long_tail(path: Path, shown: Sequence[Shown]) -> str:
             top.fill_between(np.append(rank - 0.5, rank[-1] + 0.5), np.append(frequency, frequency[-1]), step="post",
                              color=color, linewidth=0)  # fmt: skip
         else:
-            top.plot(rank, frequency, color=color, linewidth=2, label=f"{each.name} ({len(rank):,})",
+            top.plot(rank, frequency, color=color, linewidth=2, label=f"{each.label} ({len(rank):,})",
                      marker="o" if len(rank) < 20 else None)  # fmt: skip
         held = np.concatenate([[0], np.cumsum(each.concepts.samples)]) / each.concepts.samples.sum()
         bottom.plot(100 * np.linspace(0, 1, len(held)), 100 * held, color=color, linewidth=2)
@@ -361,9 +369,8 @@ def plot_long_tail(path: Path, shown: Sequence[Shown]) -> str:
         top.set_xlim(0.5, len(shown[0].concepts) + 0.5)
         top.set_ylim(bottom=0)
     else:
-        top.set_xscale("log")
-        top.set_yscale("log")
-        legend_above(figure, top, columns=1 if max(len(each.name) for each in shown) > 22 else 2)
+        logarithmic(top)
+        legend_above(figure, top, columns=1)
     bottom.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1, linestyle=":")
     for third in (100 / 3, 200 / 3):
         bottom.axhline(third, color="#bbbbbb", linewidth=0.8)
@@ -377,7 +384,7 @@ def plot_long_tail(path: Path, shown: Sequence[Shown]) -> str:
 
 def plot_temperatures(path: Path, shown: Sequence[Shown]) -> str:
     """The shift of every training sample and the band that the schedule moves it in. Returns a description."""
-    figure, (axes,) = new_figure(3.3)
+    figure, (axes,) = new_figure(3.3 + _LEGEND_LINE * len(shown))
     said = []
     share = np.linspace(0, 1, _QUANTILES + 1)
     for index, each in enumerate(shown):
@@ -387,8 +394,9 @@ def plot_temperatures(path: Path, shown: Sequence[Shown]) -> str:
         order = np.argsort(-shifts, kind="stable")
         edges = np.cumsum(each.table.count[order]) / each.table.count.sum()
         shift = shifts[order][np.minimum(np.searchsorted(edges, share), len(order) - 1)]
-        axes.plot(100 * share, shift, color=color, linewidth=2, label=f"{each.name}: {each.plan.name}")
-        axes.fill_between(100 * share, shift - half, shift + half, color=color, alpha=0.15, linewidth=0)
+        axes.plot(100 * share, shift, color=color, linewidth=2, label=f"{each.label}: {each.plan.name}")
+        if len(shown) <= _BANDS:
+            axes.fill_between(100 * share, shift - half, shift + half, color=color, alpha=0.15, linewidth=0)
         said.append(f"{each.name}, preset {each.plan.name}: shift {shift[0]:.3f} for the most common samples, "
                     f"{shift[_QUANTILES // 2]:.3f} for the median one, {shift[-1]:.3f} for the rarest, each moving by "
                     f"{half:g} up and down")  # fmt: skip
@@ -400,8 +408,7 @@ def plot_temperatures(path: Path, shown: Sequence[Shown]) -> str:
                       ha="center", fontsize=9, color="#777777")  # fmt: skip
     axes.set_xlim(0, 100)
     axes.set_xlabel("training samples, most common concept first, %")
-    margins = {each.plan.is_margin for each in shown}
-    axes.set_ylabel("shift, and range of the " + ("margin" if margins == {True} else "temperature"))
+    axes.set_ylabel("shift, and its range" if len(shown) <= _BANDS else "shift")
     if len(shown) > 1:
         legend_above(figure, axes, columns=1)
     save(figure, path)
