@@ -551,6 +551,7 @@ def test_report_of_two_runs(made: Path, tmp_path: Path) -> None:
     }
     card = (out / "model_card_one.md").read_text()
     assert "| alpha | 0.04 |" in card
+    assert "| clusters | clusters.parquet |" in card  # without the folders of this machine
     assert (
         "| image to text R@1 | 40.0 [35.0, 45.0] | 50.0 [45.0, 55.0] | 40.0 [35.0, 45.0] | 30.0 [25.0, 35.0] |" in card
     )

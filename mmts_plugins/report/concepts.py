@@ -12,9 +12,10 @@ import numpy as np
 
 from ..clusters import ClusterTable
 
-_WORD = re.compile(r"[^\W\d_]{2,}")
+_WORD = re.compile(r"[^\W\d_]\w+")
 _KEYS_READ = 200_000  # for words; enough to tell clusters apart, and seconds for a table of any size
 _MEMBERS_READ = 2_000
+_LONGEST = 300  # characters of a caption on a page
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,13 @@ class Concepts:
 def examples(table: ClusterTable, members: np.ndarray, many: int) -> list[str]:
     """Some of a concept's keys, spread over it: neighbours in a file often describe the same image."""
     spread = np.linspace(0, len(members) - 1, min(many, len(members))).astype(int)
-    return [" ".join(key.split()) for key in table.keys.take(members[spread]).to_pylist()]
+    return [shortened(key) for key in table.keys.take(members[spread]).to_pylist()]
+
+
+def shortened(caption: str) -> str:
+    """A caption on one line, and cut where it is very long."""
+    line = " ".join(caption.split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
 def telling_words(

@@ -445,7 +445,9 @@ def model_card(run: TrainingLog) -> str:
         "| setting | value |",
         "| --- | --- |",
     ]
-    lines += [f"| {name} | {_cell(_shown(value))} |" for name, value in record.items()
+    # Of the table's path the last part alone: a card is shared, its author's folders are not.
+    shown = {name: Path(value).name if name == "clusters" and value else value for name, value in record.items()}
+    lines += [f"| {name} | {_cell(_shown(value))} |" for name, value in shown.items()
               if value not in (None, False) and name not in ("host", "host_version", "mmts_plugins")]  # fmt: skip
     if run.metrics:
         thirds = any(metric.thirds for metric in run.metrics.values())

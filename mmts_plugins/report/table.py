@@ -21,7 +21,7 @@ from ..config import DISTRIBUTIONS
 from ..errors import ConfigError, MMTSError, TableError
 from ..plan import Plan
 from ..presets import PRESETS
-from .concepts import Concepts, examples, telling_words
+from .concepts import Concepts, examples, shortened, telling_words
 from .page import Page, number, slug
 from .plots import MIDDLE, SERIES, legend_above, logarithmic, new_figure, save, tail_to_head
 
@@ -289,7 +289,10 @@ def _duplicates(page: Page, each: Shown, several: bool) -> None:
     most = np.argsort(-table.count, kind="stable")[: min(_REPEATED, repeated)]
     page.table(
         ["most repeated", "samples"],
-        [[key, f"{many:,}"] for key, many in zip(table.keys.take(most).to_pylist(), table.count[most].tolist())],
+        [
+            [shortened(key), f"{many:,}"]
+            for key, many in zip(table.keys.take(most).to_pylist(), table.count[most].tolist())
+        ],
     )
 
 
@@ -318,19 +321,19 @@ def _words(each: Shown, seed: int) -> list[list[str]]:
 
 def _write_clusters(path: Path, each: Shown, words: Sequence[Sequence[str]]) -> None:
     half, concepts = each.plan.schedule.alpha / 2, each.concepts
-    keys = np.bincount(concepts.place, minlength=len(concepts))
-    first = each.table.kind == CLASS
+    _, first_key, keys = np.unique(concepts.place, return_index=True, return_counts=True)
+    classes = each.table.kind == CLASS
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["class" if first else "cluster", "frequency", "samples", "keys", "shift", "lowest", "highest",
-                         *([] if first else ["words"])])  # fmt: skip
+        columns = ["frequency", "samples", "keys", "shift", "lowest", "highest"]
+        writer.writerow(["class", *columns] if classes else ["cluster", *columns, "words"])
         for place in range(len(concepts)):
             shift = concepts.shift[place]
             writer.writerow([
-                each.table.keys[int(concepts.members(place)[0])].as_py() if first else int(concepts.ids[place]),
+                each.table.keys[int(first_key[place])].as_py() if classes else int(concepts.ids[place]),
                 f"{concepts.frequency[place]:g}", int(concepts.samples[place]), int(keys[place]),
                 f"{shift:.6f}", f"{shift - half:.6f}", f"{shift + half:.6f}",
-                *([] if first else [" ".join(words[place])]),
+                *([] if classes else [" ".join(words[place])]),
             ])  # fmt: skip
 
 
