@@ -27,6 +27,7 @@ from ..runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
+FAMILY = INFONCE
 DEFAULT_PRESETS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
 TEMPERATURE_KEY = "mmts_temperature"
 _WATCHED_BATCHES = 8
@@ -121,7 +122,7 @@ class Run:
     """
 
     def __init__(self, flags: dict[str, Any], args: Any) -> None:
-        self.config: Config = resolve(flags, INFONCE, DEFAULT_PRESETS)
+        self.config: Config = resolve(flags, FAMILY, DEFAULT_PRESETS)
         self.allow_change = bool(flags.get("mmts_allow_config_change"))
         if self.config.distribution is not None or self.config.cluster_of is not None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The command ``mmts``: cluster captions, run a host, check an installation, see it work."""
+"""The command ``mmts``: cluster captions, run a host, check an installation, see it work, and report on it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     from . import doctor
     from .clustering import command as cluster
     from .demo import command as demo
+    from .report import command as report
 
     parser = argparse.ArgumentParser(
         prog="mmts",
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     launcher.set_defaults(run=lambda _: launcher.print_help())
     doctor.add_parser(commands)
+    report.add_parsers(commands)
     demo.add_parser(commands)
     return parser
 

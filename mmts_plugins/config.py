@@ -25,7 +25,7 @@ DISTRIBUTIONS = ("noun", "verb", "verb_noun")
 CLUSTER_OF = ("segment", "caption")
 FILE_NAME = "mmts.yaml"
 DEFAULT_OSCILLATIONS = 5.0
-_SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
+SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,17 @@ class Config:
         for name, value in vars(self).items():
             setattr(args, "loss" if name == "loss" else f"mmts_{name}", value)
 
-    def warn_if_extreme(self) -> None:
+    def warnings(self) -> list[str]:
         """Temperatures so low that half precision and training suffer, or values meant for the other loss."""
-        if self.loss == INFONCE and self.lowest < _SMALLEST_CALM_TEMPERATURE:
-            logger.warning(
-                "MM-TS: the lowest temperature of the run is %.4g, a logit scale of %.0f; CLIP stops at 100",
-                self.lowest,
-                1 / self.lowest,
+        found = []
+        if self.loss == INFONCE and self.lowest < SMALLEST_CALM_TEMPERATURE:
+            found.append(
+                f"the lowest temperature of the run is {self.lowest:.4g}, a logit scale of {1 / self.lowest:.0f}; CLIP "
+                "stops at 100"
             )
         if self.preset is not None and PRESETS[self.preset].loss != self.loss:
-            logger.warning(
-                "MM-TS: preset %r was chosen for %s, not %s", self.preset, PRESETS[self.preset].loss, self.loss
-            )
+            found.append(f"preset {self.preset!r} was chosen for {PRESETS[self.preset].loss}, not {self.loss}")
+        return found
 
 
 def _flag(field_name: str) -> str:
@@ -217,13 +216,27 @@ def split_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def resolve(
     flags: dict[str, Any], family: str, default_presets: dict[str, str], defaults: Optional[dict[str, Any]] = None
 ) -> Config:
-    """Flags over the config file over the preset, checked.
+    """Flags over the config file over the preset, checked; what :meth:`Config.warnings` finds is logged.
 
     Args:
         flags: from :func:`split_flags`.
         family: what ``--loss mmts`` means in this host, ``mmts-infonce`` or ``mmts-max-margin``.
         default_presets: for each of the two losses, the preset of a run that names none.
         defaults: of other fields, where this host's differ from :class:`Config`'s.
+
+    Raises:
+        ConfigError: naming the flag or the field of the file.
+    """
+    config = Config(**merge(flags, family, default_presets, defaults))
+    for warning in config.warnings():
+        logger.warning("MM-TS: %s", warning)
+    return config
+
+
+def merge(
+    flags: dict[str, Any], family: str, default_presets: dict[str, str], defaults: Optional[dict[str, Any]] = None
+) -> dict[str, Any]:
+    """The fields of the :class:`Config` that :func:`resolve` makes, before it is made (and so before its guards).
 
     Raises:
         ConfigError: naming the flag or the field of the file.
@@ -257,9 +270,7 @@ def resolve(
     for name, default in (defaults or {}).items():
         if values.get(name) is None:
             values[name] = default
-    config = Config(**values)
-    config.warn_if_extreme()
-    return config
+    return values
 
 
 _NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period"}

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import numpy as np
 
 from .._files import replacing
 from ..clusters import ClusterTable
 from ..config import FILE_NAME, read_record
+from ..report.concepts import Concepts
+from ..report.page import embedded, shell
+from ..report.plots import HEAD, MIDDLE, MMTS, PLAIN, TAIL, legend_above, new_figure, save, tail_to_head
 from ..schedule import CosineSchedule
 from .data import HELD_OUT, Split, captions_of
 from .evaluate import DEFINITION, Scores
 from .train import TrainingRun
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Row = tuple[str, float, float]
-
-PLAIN, MMTS = "#8d99ae", "#c8553d"
-HEAD, MIDDLE, TAIL = "#14213d", "#3a86a8", "#e09f3e"
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -75,13 +71,14 @@ def plot_temperatures(path: Path, table: ClusterTable, mmts: TrainingRun, plain:
         A description of the picture.
     """
     record = read_record(mmts.checkpoint.parent / FILE_NAME)
-    _, sizes, shifts = _clusters(table, record)
+    concepts = _clusters(table, record)
+    sizes, shifts = concepts.frequency, concepts.shift
     total = int(record["total_steps"])
     schedule = CosineSchedule(0.0 if record["no_schedule"] else record["alpha"], record["period"])
     steps = np.arange(total)
     base = np.array([schedule.offset(step) for step in steps.tolist()])
 
-    figure, (top, bottom) = _figure(4.2, height_ratios=(3.2, 1))
+    figure, (top, bottom) = new_figure(4.2, height_ratios=(3.2, 1))
     said = []
     for name, cluster, color in (("largest", 0, HEAD), ("middle", len(sizes) // 2, MIDDLE), ("smallest", -1, TAIL)):
         curve = base + shifts[cluster]
@@ -98,8 +95,8 @@ def plot_temperatures(path: Path, table: ClusterTable, mmts: TrainingRun, plain:
     for axes in (top, bottom):
         axes.set_xlim(0, max(total - 1, 1))
     top.tick_params(labelbottom=False)
-    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+    legend_above(figure, top)
+    save(figure, path)
     return f"Temperatures over {total} steps, {total / record['period']:g} cosine periods: {', '.join(said)}."
 
 
@@ -118,13 +115,12 @@ def plot_cluster_sizes(
         A description of the picture.
     """
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import Normalize
 
-    clusters, sizes, shifts = _clusters(table, read_record(mmts.checkpoint.parent / FILE_NAME))
-    colors = ScalarMappable(
-        Normalize(shifts.min(), shifts.max()), LinearSegmentedColormap.from_list("tail to head", [TAIL, MIDDLE, HEAD])
-    )
-    figure, (axes,) = _figure(2.7)
+    concepts = _clusters(table, read_record(mmts.checkpoint.parent / FILE_NAME))
+    clusters, sizes, shifts = concepts.ids, concepts.frequency, concepts.shift
+    colors = ScalarMappable(Normalize(shifts.min(), shifts.max()), tail_to_head())
+    figure, (axes,) = new_figure(2.7)
     bars = axes.bar(np.arange(len(sizes)), sizes, color=colors.to_rgba(shifts), width=0.76 if names else 1.0)
     axes.set_ylabel("training samples")
     axes.set_xlabel("cluster, largest first")
@@ -134,7 +130,7 @@ def plot_cluster_sizes(
     else:
         axes.set_xlim(-0.5, len(sizes) - 0.5)
     figure.colorbar(colors, ax=axes, label="shift", pad=0.02, aspect=18).outline.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
     return f"{len(sizes)} clusters, from {sizes[0]:.0f} training samples down to {sizes[-1]:.0f}."
 
 
@@ -142,7 +138,7 @@ def plot_accuracy(path: Path, outcome: Outcome) -> str:
     """Zero-shot accuracy by digit, most common digit first. Returns a description of the picture."""
     order = outcome.split.order
     at = np.arange(len(order))
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = new_figure(3.2)
     for offset, name, scores, color in ((-0.2, "plain CLIP", outcome.plain, PLAIN), (0.2, "MM-TS", outcome.mmts, MMTS)):
         bars = axes.bar(at + offset, [100 * scores.digits[d] for d in order], width=0.38, color=color, label=name)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=5.8)
@@ -151,43 +147,19 @@ def plot_accuracy(path: Path, outcome: Outcome) -> str:
     axes.set_ylabel("zero-shot accuracy, %")
     axes.set_ylim(0, 108)
     axes.set_yticks(range(0, 101, 25))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+    legend_above(figure, axes)
+    save(figure, path)
     said = [f"{d}: {_percent(outcome.plain.digits[d])} and {_percent(outcome.mmts.digits[d])}" for d in order]
     return (
         "Accuracy in per cent, plain CLIP and MM-TS, from the most common digit to the rarest: " + "; ".join(said) + "."
     )
 
 
-def _clusters(table: ClusterTable, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, sizes (as Eq. 6 reads them) and shifts of the clusters under a recorded config, largest first."""
+def _clusters(table: ClusterTable, record: dict[str, Any]) -> Concepts:
+    """The clusters under a recorded config, largest first."""
     if record["no_shifts"]:
-        shift = np.full(len(table), (record["shift_min"] + record["shift_max"]) / 2)
-    else:
-        shift = table.shifts(record["shift_min"], record["shift_max"])
-    clusters, cluster = np.unique(table.cluster, return_inverse=True)
-    count = np.bincount(cluster, weights=table.count)
-    sizes, shifts = (np.bincount(cluster, weights=each * table.count) / count for each in (table.frequency, shift))
-    order = np.argsort(-sizes, kind="stable")
-    return clusters[order], sizes[order], shifts[order]
-
-
-def _figure(height: float, height_ratios: tuple[float, ...] = (1,)) -> tuple[Figure, Any]:
-    """A figure in the report's style, made without pyplot: no display is needed and no global state is touched."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4, height), dpi=200, layout="constrained")
-    axes = figure.subplots(len(height_ratios), 1, squeeze=False, height_ratios=height_ratios)[:, 0]
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        each.set_axisbelow(True)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        return Concepts.of(table, np.full(len(table), (record["shift_min"] + record["shift_max"]) / 2))
+    return Concepts.of(table, table.shifts(record["shift_min"], record["shift_max"]))
 
 
 # --- the demo's result and page -------------------------------------------------------------------------------------
@@ -281,10 +253,10 @@ def _page(folder: Path, outcome: Outcome, alt: dict[str, str]) -> str:
         f"<td>{_points(plain, mmts)}</td></tr>\n"
         for name, plain, mmts in outcome.rows()
     )
-    images = {f"image_{name}": _embedded(folder / f"{name}.png", text) for name, text in alt.items()}
+    images = {f"image_{name}": embedded(folder / f"{name}.png", text) for name, text in alt.items()}
     record = read_record(outcome.mmts_run.checkpoint.parent / FILE_NAME)
     commands = (outcome.cluster_command, outcome.plain_run.command, outcome.mmts_run.command)
-    return _PAGE.substitute(
+    body = _BODY.substitute(
         images,
         rows=rows,
         caveat=html.escape(outcome.caveat()),
@@ -298,38 +270,10 @@ def _page(folder: Path, outcome: Outcome, alt: dict[str, str]) -> str:
         versions=html.escape(", ".join(f"{name} {number}" for name, number in outcome.versions.items())),
         seconds=f"{outcome.seconds:.0f}",
     )
+    return shell("MM-TS demo: plain CLIP against MM-TS", body)
 
 
-def _embedded(image: Path, alt: str) -> str:
-    data = base64.b64encode(image.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MM-TS demo: plain CLIP against MM-TS</title>
-<style>
-body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 46rem; margin: 0 auto;
-       padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-p { margin: .5rem 0; }
-.note { border-left: 4px solid #e09f3e; background: #fdf6ea; padding: .6rem .9rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .25rem .35rem .5rem; border-bottom: 1px solid #e2e2e2; text-align: right;
-         vertical-align: top; }
-th { border-bottom: 2px solid #1c1c1c; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-img { width: 100%; height: auto; }
-pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
-.small { font-size: .9rem; color: #555; }
-</style>
-</head>
-<body>
-<h1>Plain CLIP against MM-TS on long-tail handwritten digits</h1>
+_BODY = Template("""<h1>Plain CLIP against MM-TS on long-tail handwritten digits</h1>
 <p>OpenCLIP's own trainer trained the same small model twice on $training images of handwritten digits, whose numbers
 fall from $largest for the most common digit to $smallest for the rarest: once as it is, once with
 <code>--loss mmts</code>. Seed, data and number of steps were the same.</p>
@@ -358,7 +302,4 @@ $image_cluster_sizes
 <h2>What was run</h2>
 <pre>$commands</pre>
 <p class="small">In the folder of this page; $seconds seconds in all. Where mmts-plugins is installed,
-<code>python -m open_clip_train.main</code> takes <code>--loss mmts</code> without the launcher. $versions.</p>
-</body>
-</html>
-""")
+<code>python -m open_clip_train.main</code> takes <code>--loss mmts</code> without the launcher. $versions.</p>""")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -13,22 +12,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from ..config import FILE_NAME
 from ..errors import MMTSError
+from ..report.logs import Progress, parse_progress
 
 TRAINER = "open_clip_train.main"
 _TAIL_LINES = 25
-_LOG_LINE = re.compile(r"Train Epoch: (\d+) \[.*?\((\d+)%\)\].*?Logit Scale: ([\d.]+).* Loss: ([\d.naif-]+) \(")
-
-
-class Progress(NamedTuple):
-    """What one line of OpenCLIP's training log says."""
-
-    epochs: float
-    logit_scale: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -48,15 +39,6 @@ class TrainingRun:
     checkpoint: Path
     seconds: float
     progress: list[Progress]
-
-
-def parse_progress(line: str) -> Optional[Progress]:
-    """The progress that a line of OpenCLIP's log reports, or None for any other line."""
-    match = _LOG_LINE.search(line)
-    if match is None:
-        return None
-    epoch, percent, scale, loss = match.groups()
-    return Progress(int(epoch) + int(percent) / 100, float(scale), float(loss))
 
 
 def shown(command: Sequence[str]) -> str:

@@ -1,0 +1,249 @@
+"""Where a run's temperatures will go, before it runs: the shifts of its table's thirds, the extremes in time."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from . import adapters
+from ._files import PathLike
+from .clusters import CAPTION, ClusterTable
+from .config import Config, merge
+from .errors import ConfigError, TableError
+from .presets import MAX_MARGIN, PRESETS
+from .schedule import CosineSchedule
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A schedule and the shifts it meets. Unlike :class:`Config` it may break a guard: plots show where.
+
+    Attributes:
+        values: fields of :class:`Config`, such as :func:`mmts_plugins.config.merge` returns.
+        total_steps: optimizer steps of the run, at least 1.
+        table: of the run; ``None`` where it is not known.
+        name: for labels.
+
+    Raises:
+        ConfigError: ``total_steps`` is below 1, or the amplitude or the period cannot be used.
+    """
+
+    values: dict[str, Any]
+    total_steps: int
+    table: Optional[ClusterTable] = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ConfigError(f"--total-steps is {self.total_steps}: a run has at least one optimizer step")
+        _ = self.schedule
+
+    @classmethod
+    def of_preset(cls, name: str, total_steps: int, table: Optional[ClusterTable] = None, **changes: float) -> Plan:
+        """A preset of the paper with some of its values changed.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+        return cls({**PRESETS[name]._asdict(), "preset": name, **changes}, total_steps, table, name)
+
+    @cached_property
+    def schedule(self) -> CosineSchedule:
+        """Eq. 7 of this run."""
+        values = self._all
+        amplitude = 0.0 if values["no_schedule"] else values["alpha"]
+        period = values["period"]
+        return CosineSchedule(amplitude, self.total_steps / values["num_oscillations"] if period is None else period)
+
+    @property
+    def is_margin(self) -> bool:
+        """Whether the numbers are margins (max-margin) and not temperatures."""
+        return bool(self.values["loss"] == MAX_MARGIN)
+
+    @cached_property
+    def shifts(self) -> dict[str, float]:
+        """Shifts from the lowest to the highest, by what they belong to.
+
+        With a table: of its rarest key, of the tail, middle and head third of its training samples (means), and of its
+        most common key. Without one: of the rarest, the middling and the most common concept. Under
+        ``--mmts-no-shifts``: of all.
+        """
+        low, high = self.values["shift_min"], self.values["shift_max"]
+        if self._all["no_shifts"]:
+            return {"all": (low + high) / 2}
+        if self.table is None:
+            return {"rarest": low, "middle": (low + high) / 2, "most common": high}
+        per_key = self.table.shifts(low, high)
+        head, middle, tail = self.table.third_means(per_key)
+        return {"rarest": per_key.min(), "tail": tail, "middle": middle, "head": head, "most common": per_key.max()}
+
+    @cached_property
+    def extremes(self) -> dict[str, int]:
+        """Steps: the first, the deepest, the highest after it, and the last."""
+        # Rounded, so that of equal extremes the first is taken and not the luckiest in its last bit.
+        base = self.base(np.arange(self.total_steps)).round(9)
+        trough = int(base.argmin())
+        return {"start": 0, "trough": trough, "peak": trough + int(base[trough:].argmax()), "end": self.total_steps - 1}
+
+    def base(self, steps: np.ndarray) -> np.ndarray:
+        """``tau_base`` of Eq. 7 at many steps."""
+        return self.schedule.alpha * np.cos(2.0 * np.pi * (steps / self.schedule.period)) / 2.0
+
+    @property
+    def problem(self) -> Optional[str]:
+        """The guard that these values break, as a run would say it at its start; ``None`` where it would start."""
+        try:
+            Config(**{**self._all, "clusters": self._all["clusters"] or "clusters.parquet"})
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    @cached_property
+    def _all(self) -> dict[str, Any]:
+        values = {field.name: field.default for field in fields(Config)} | self.values
+        if self.values.get("period") is not None:
+            values["num_oscillations"] = None
+        return values
+
+
+def read_table(path: PathLike) -> ClusterTable:
+    """A cluster table, or the ``class_id,count`` CSV that AVION's runs take in its place.
+
+    Raises:
+        TableError: it cannot be read as what its name says.
+    """
+    from .adapters.avion import load_table
+
+    return load_table(str(path))
+
+
+def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[ClusterTable], str]:
+    """The table of a run from its ``mmts.yaml``.
+
+    Args:
+        record: the file's content.
+        beside: the file; the table's path is tried from the current folder, and from this file's folder upwards.
+
+    Returns:
+        The table and nothing, or ``None`` and why it is not there. A table whose content is not what the run recorded
+        is not taken.
+    """
+    name = record.get("clusters")
+    if record.get("no_shifts"):
+        return None, "the run uses no shifts"
+    if name is None:
+        return None, "the run counted its classes in its own annotation file"
+    folders = [Path(), *Path(beside).resolve().parents[:4]]
+    found = next((path for folder in folders if (path := folder / name).exists()), None)
+    if found is None:
+        return None, f"{name} is not found from here"
+    try:
+        table = read_table(found)
+    except TableError as error:
+        return None, str(error)
+    if record.get("table_hash") not in (None, table.content_hash):
+        return None, f"{found} has another content hash than the run's table ({record['table_hash']})"
+    return table, ""
+
+
+def host_names() -> list[str]:
+    """The hosts that have an adapter."""
+    return sorted(module.name for module in pkgutil.iter_modules(adapters.__path__))
+
+
+def resolve_for(
+    host: str, flags: dict[str, Any], train_metadata: Optional[str] = None
+) -> tuple[Config, Optional[ClusterTable]]:
+    """The configuration and the table that ``host``'s adapter would make of these flags.
+
+    Args:
+        host: one of :func:`host_names`.
+        flags: ours, from :func:`mmts_plugins.config.split_flags`.
+        train_metadata: the annotation file of a host that counts classes itself.
+
+    Raises:
+        ConfigError, TableError: what would stop the run.
+    """
+    if host not in host_names():
+        raise ConfigError(f"--host {host!r} has no adapter; choose from {', '.join(host_names())}")
+    adapter = import_module(f"{adapters.__name__}.{host}")
+    defaults = getattr(adapter, "DEFAULTS", {})
+    config = Config(**merge(flags, adapter.FAMILY, adapter.DEFAULT_PRESETS, defaults))
+    counts_classes = "distribution" in defaults
+    if not counts_classes and config.distribution is not None:
+        raise ConfigError(f"--mmts-distribution counts AVION's classes; {host} takes --mmts-clusters")
+    if not counts_classes and train_metadata is not None:
+        raise ConfigError(f"--train-metadata is for AVION's classes; {host} takes --mmts-clusters")
+    if config.no_shifts:
+        return config, None
+    if config.clusters is not None:
+        return config, getattr(adapter, "load_table", _captions)(config.clusters)
+    if train_metadata is None:
+        return config, None
+    assert config.distribution is not None
+    return config, adapter.count_classes(train_metadata, config.distribution)
+
+
+def _captions(path: str) -> ClusterTable:
+    table = ClusterTable.load(path)
+    if table.kind != CAPTION:
+        raise TableError(f"{path}: a table of {table.kind} ids, but this host finds its samples by caption")
+    return table
+
+
+def describe(plan: Plan, host: str) -> str:
+    """What ``mmts schedule`` prints: the configuration, the table, and the temperatures at the extremes."""
+    return "\n".join([*_facts(plan, host), "", *_temperatures(plan)])
+
+
+def _facts(plan: Plan, host: str) -> list[str]:
+    table = plan.table
+    elsewhere = ("clusters", "num_oscillations", "period")
+    facts = [("host", host)]
+    facts += [
+        (name, _shown(value))
+        for name, value in plan.values.items()
+        if name not in elsewhere and value is not None and value is not False
+    ]
+    if table is not None:
+        things = "captions" if table.kind == CAPTION else "classes"
+        facts += [
+            ("clusters", table.source),
+            ("", f"{len(table):,} {things} in {len(table.sizes):,} clusters, {table.count.sum():,} samples"),
+            ("", f"frequency {table.frequency.min():g} to {table.frequency.max():g}, hash {table.content_hash}"),
+        ]
+    elif not plan.values["no_shifts"]:
+        facts.append(("clusters", "counted in the run's --train-metadata; give it here too to see the thirds"))
+    steps, period = plan.total_steps, plan.schedule.period
+    if plan.schedule.alpha:
+        facts.append(("period", f"{period:g} steps: {steps / period:g} periods over {steps:,} steps"))
+    else:
+        facts.append(("period", f"none: the schedule is flat over {steps:,} steps"))
+    return [f"{name:<13} {value}" for name, value in facts]
+
+
+def _temperatures(plan: Plan) -> list[str]:
+    names = list(plan.shifts)
+    head = ["margin" if plan.is_margin else "temperature", "step", "base", *names]
+    rows: list[Sequence[str]] = [head]
+    for name, step in plan.extremes.items():
+        base = plan.schedule.offset(step)
+        rows.append([name, f"{step:,}", f"{base:+.4f}", *(f"{base + plan.shifts[each]:.4f}" for each in names)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return [
+        row[0].ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))
+        for row in rows
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "yes" if value is True else f"{value:g}" if isinstance(value, float) else str(value)

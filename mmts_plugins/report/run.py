@@ -1,0 +1,475 @@
+"""The report of training runs: what they were told, the schedule they followed, losses, metrics, and who gains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from .._files import replacing
+from ..clusters import CAPTION
+from ..config import FILE_NAME
+from ..errors import ConfigError, MMTSError
+from ..plan import Plan, named_table
+from ..presets import INFONCE
+from .logs import THIRDS, Metric, Score, TrainingLog, read_run
+from .page import Page, number, slug
+from .plots import HEAD, MIDDLE, PLAIN, SERIES, TAIL, legend_above, new_figure, save
+from .schedule import draw_run
+
+_COLOUR_OF_THIRD = dict(zip(THIRDS, (HEAD, MIDDLE, TAIL)))
+_PERCENT = re.compile(r"R@\d+$|mAP|nDCG|top\d$|accuracy|class_mean|mean_recall")
+_SCHEDULE_SERIES = ("tau_base", "tau_mean", "tau_min", "tau_max", "tau_head", "tau_mid", "tau_tail", "scale_mean",
+                    "learned_temperature", "loss", *(f"loss_{third}" for third in THIRDS))  # fmt: skip
+_UNINTERESTING = ("name", "logs", "log_path", "checkpoint_path", "tensorboard_path", "resume", "wandb_notes")
+_CLOSE = 1e-6  # of logged and configured base temperature; float32 or a printed number explains no more
+_PLOTTED_THIRDS = 4
+
+
+def write(inputs: Sequence[str], folder: Path) -> list[Path]:
+    """Write the report of one or several runs.
+
+    Args:
+        inputs: folders of runs. One that holds no run is named on the page, unless it is the only one.
+        folder: gets ``report.html``, the same plots as PNGs, and for each run of ours a fragment for a model card.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: none of the inputs is a run.
+    """
+    runs, refused = _read(inputs)
+    plans = [_plan(run) for run in runs]
+    page = Page(
+        f"Training run: {runs[0].name}" if len(runs) == 1 else "Training runs: " + ", ".join(r.name for r in runs)
+    )
+    written: list[Path] = []
+
+    def picture(name: str, alt: Optional[str]) -> None:
+        if alt is not None:
+            page.picture(folder / name, alt)
+            written.append(folder / name)
+
+    for message in refused:
+        page.note(message)
+    for run, (_, notes) in zip(runs, plans):
+        for note in [*run.notes, *notes]:
+            page.note(f"{run.name}: {note}.")
+    page.heading("Configuration")
+    _configuration(page, runs)
+    page.heading("Cluster table")
+    _tables(page, runs, plans)
+    page.heading("Schedule")
+    for text in _followed(runs, plans):
+        page.text(text)
+    page.text("Lines are what was configured, dots what training logged.", small=True)
+    picture("schedule.png", plot_schedule(folder / "schedule.png", runs, [plan for plan, _ in plans]))
+    page.heading("Losses")
+    page.text("Losses at other temperatures are on other scales: compare metrics, not losses.", small=True)
+    picture("loss.png", plot_losses(folder / "loss.png", runs))
+    picture("diagnostics.png", plot_diagnostics(folder / "diagnostics.png", runs))
+    page.heading("Metrics")
+    _metrics(page, runs)
+    picture("metrics.png", plot_metrics(folder / "metrics.png", runs))
+    page.heading("Recall against the frequency of concepts")
+    thirds = plot_thirds(folder / "thirds.png", runs)
+    if thirds is None:
+        page.text("Not measured: mmts eval with the run's cluster table splits every metric by thirds of frequency.")
+    else:
+        page.text("Head, middle and tail are thirds of the cluster table's samples; bars are the metrics' intervals.")
+    picture("thirds.png", thirds)
+    if len(runs) > 1:
+        page.heading("Differences between the runs")
+        _differences(page, runs)
+    cards = [(run, model_card(run)) for run in runs if run.record]
+    if cards:
+        page.heading("For a model card")
+    for run, card in cards:
+        path = folder / (f"model_card_{slug(run.name)}.md" if len(runs) > 1 else "model_card.md")
+        with replacing(path) as temporary:
+            temporary.write_text(card, encoding="utf-8")
+        written.append(path)
+        page.text(f"The same as {path.name}:", small=True)
+        page.code(card)
+    page.write(folder / "report.html")
+    return [folder / "report.html", *written]
+
+
+def _read(inputs: Sequence[str]) -> tuple[list[TrainingLog], list[str]]:
+    runs, refused = [], []
+    for path in inputs:
+        try:
+            runs.append(read_run(path))
+        except ConfigError as error:
+            if len(inputs) == 1:
+                raise
+            refused.append(f"Left out: {error}")
+    if not runs:
+        raise ConfigError("; ".join(refused))
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        runs = [replace(run, name=f"{index}: {run.name}") for index, run in enumerate(runs, 1)]
+    return runs, refused
+
+
+def _plan(run: TrainingLog) -> tuple[Optional[Plan], list[str]]:
+    """The schedule that a run's record sets, and what is missing for it."""
+    if not run.record:
+        return None, []
+    assert run.record_path is not None
+    table, why = named_table(run.record, run.record_path)
+    notes = [] if table is not None or run.record.get("no_shifts") else [f"the cluster table cannot be shown: {why}"]
+    try:
+        return Plan(run.record, int(run.record["total_steps"]), table, run.name), notes
+    except (KeyError, TypeError, ValueError, MMTSError) as error:
+        return None, [*notes, f"its {FILE_NAME} does not describe a schedule ({type(error).__name__}: {error})"]
+
+
+def _colour(runs: Sequence[TrainingLog], index: int) -> str:
+    """A run of ours has a colour of the series, a plain one is grey."""
+    if not runs[index].record:
+        return PLAIN
+    return SERIES[sum(bool(run.record) for run in runs[:index]) % len(SERIES)]
+
+
+# -- configuration and table -------------------------------------------------------------------------------------------
+
+
+def _configuration(page: Page, runs: Sequence[TrainingLog]) -> None:
+    fields = dict.fromkeys(name for run in runs for name in run.record)
+    rows = [[name, *(_shown(run.record.get(name)) for run in runs)] for name in fields]
+    if rows:
+        page.table(["", *(run.name for run in runs)], [row for row in rows if set(row[1:]) - {"–", "no"}], words=True)
+    else:
+        page.text(f"No run has an {FILE_NAME}.")
+
+
+def _tables(page: Page, runs: Sequence[TrainingLog], plans: Sequence[tuple[Optional[Plan], list[str]]]) -> None:
+    rows = []
+    for run, (plan, _) in zip(runs, plans):
+        if plan is not None and plan.table is not None:
+            table = plan.table
+            rows.append([run.name, f"{len(table):,} {'captions' if table.kind == CAPTION else 'classes'}",
+                         f"{len(table.sizes):,}", f"{int(table.count.sum()):,}",
+                         f"{number(table.frequency.min())} to {number(table.frequency.max())}"])  # fmt: skip
+    if rows:
+        page.table(["", "keys", "clusters", "samples", "frequency"], rows)
+        page.text("More about a table: mmts report TABLE -o DIR.", small=True)
+    else:
+        page.text("None of the runs has a cluster table that is found from here.")
+
+
+def _differences(page: Page, runs: Sequence[TrainingLog]) -> None:
+    ours = [run for run in runs if run.record]
+    plain = [run.name for run in runs if not run.record]
+    if plain:
+        page.text(f"Without MM-TS, or without its {FILE_NAME}: {', '.join(plain)}.")
+    rows = []
+    for title, compared, values in (
+        ("", ours, [run.record for run in ours]),
+        ("host: ", runs, [run.settings for run in runs]),
+    ):
+        for name in dict.fromkeys(name for value in values for name in value):
+            cells = {run.name: _shown(value.get(name)) for run, value in zip(compared, values)}
+            repeats = title and (name == "loss" or name.startswith("mmts_"))
+            if len(set(cells.values())) > 1 and name not in _UNINTERESTING and not repeats:
+                rows.append([title + name, *(cells.get(run.name, "–") for run in runs)])
+    if rows:
+        page.table(["", *(run.name for run in runs)], rows, words=True)
+    else:
+        page.text("Nothing else that was written down differs.")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+# -- schedule ----------------------------------------------------------------------------------------------------------
+
+
+def _followed(runs: Sequence[TrainingLog], plans: Sequence[tuple[Optional[Plan], list[str]]]) -> list[str]:
+    """Whether the logged base temperature is the configured one."""
+    said = []
+    for run, (plan, _) in zip(runs, plans):
+        if plan is None or "tau_base" not in run.series:
+            continue
+        off = np.abs(run.series["tau_base"][:, 1] - plan.base(run.steps))
+        worst = int(off.argmax())
+        said.append(
+            f"{run.name}: the base temperature that training logged is the configured cosine at all {len(off):,} "
+            f"logged steps (greatest difference {off[worst]:.1e})."
+            if off[worst] <= _CLOSE + 1e-4 * plan.schedule.alpha
+            else f"{run.name}: the base temperature that training logged is NOT the configured cosine: at step "
+            f"{run.steps[worst]:,} it is {off[worst]:.4f} away. Was the run resumed with another length or config?"
+        )
+    return said
+
+
+def plot_schedule(path: Path, runs: Sequence[TrainingLog], plans: Sequence[Optional[Plan]]) -> Optional[str]:
+    """The configured temperatures as lines, the logged ones as dots; of plain runs, the learned one.
+
+    Returns:
+        A description, or None where there is nothing to draw.
+    """
+    shown = [(run, plan) for run, plan in zip(runs, plans) if plan is not None or "learned_temperature" in run.series]
+    if not shown:
+        return None
+    figure, panels = new_figure(1.0 + 2.5 * len(shown), [1] * len(shown))
+    said = []
+    legend = None
+    for axes, (run, plan) in zip(panels, shown):
+        axes.set_title(run.name, fontsize=10, loc="left")
+        if plan is None:
+            axes.plot(*run.series["learned_temperature"].T, color=PLAIN, linewidth=2)
+            axes.set_ylim(0, 1.15 * run.series["learned_temperature"][:, 1].max())
+            axes.set_xlim(0, 100)
+            axes.set_xlabel("share of the run, %")
+            axes.set_ylabel("learned temperature")
+            said.append(
+                f"{run.name}: one learned temperature, {run.series['learned_temperature'][-1, 1]:.4f} at the end"
+            )
+            continue
+        draw_run(axes, plan)
+        axes.set_xlabel("optimizer step")
+        for third in THIRDS:
+            logged = run.series.get(f"tau_{third}")
+            if logged is not None:
+                axes.plot(logged[:, 0] / 100 * plan.total_steps, logged[:, 1], ".", color=_COLOUR_OF_THIRD[third],
+                          markersize=5)  # fmt: skip
+        if legend is None or len(plan.shifts) > len(legend[1].shifts):
+            legend = (axes, plan)
+        shifts = plan.shifts.values()
+        half = plan.schedule.alpha / 2
+        said.append(f"{run.name}: {'margins' if plan.is_margin else 'temperatures'} from {min(shifts) - half:.4g} to "
+                    f"{max(shifts) + half:.4g} over {plan.total_steps:,} steps")  # fmt: skip
+    if legend is not None:
+        legend_above(figure, legend[0], columns=3)
+    save(figure, path)
+    return "; ".join(said) + "."
+
+
+# -- losses and diagnostics --------------------------------------------------------------------------------------------
+
+
+def plot_losses(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
+    """The losses of all runs over one another, and by thirds where they were logged."""
+    by_third = [run for run in runs if any(f"loss_{third}" in run.series for third in THIRDS)]
+    if not by_third and not any("loss" in run.series for run in runs):
+        return None
+    figure, panels = new_figure(3.2 + 2.2 * len(by_third), [1.3, *([1] * len(by_third))])
+    said = []
+    for index, run in enumerate(runs):
+        if "loss" in run.series:
+            values = run.series["loss"]
+            panels[0].plot(*values.T, color=_colour(runs, index), linewidth=1.6, label=run.name)
+            said.append(f"{run.name}: from {values[0, 1]:.4g} to {values[-1, 1]:.4g}")
+    for axes, run in zip(panels[1:], by_third):
+        for third in THIRDS:
+            if f"loss_{third}" in run.series:
+                axes.plot(*run.series[f"loss_{third}"].T, color=_COLOUR_OF_THIRD[third], linewidth=1.6,
+                          label="middle" if third == "mid" else third)  # fmt: skip
+        axes.set_title(f"{run.name}, by third of the samples", fontsize=10, loc="left")
+        axes.legend(frameon=False, fontsize=9, ncols=3)
+    for axes in panels:
+        axes.set_ylabel("loss")
+        axes.set_xlim(0, 100)
+    panels[-1].set_xlabel("share of the run, %")
+    if said:
+        legend_above(figure, panels[0])
+    save(figure, path)
+    return "Training loss. " + "; ".join(said) + "."
+
+
+def plot_diagnostics(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
+    """Everything else that a run logged: alignment, uniformity, similarities, hit rate."""
+    names = sorted({name for run in runs for name, values in run.series.items()
+                    if name not in _SCHEDULE_SERIES and len(values) > 1})  # fmt: skip
+    if not names:
+        return None
+    figure, panels = new_figure(0.8 + 1.5 * len(names), [1] * len(names))
+    for axes, name in zip(panels, names):
+        for index, run in enumerate(runs):
+            if name in run.series:
+                axes.plot(*run.series[name].T, color=_colour(runs, index), linewidth=1.6, label=run.name)
+        axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
+        axes.set_xlim(0, 100)
+    panels[-1].set_xlabel("share of the run, %")
+    if len(runs) > 1:
+        handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False)
+    save(figure, path)
+    return "Logged over the run: " + ", ".join(name.replace("_", " ") for name in names) + "."
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric of that name lies in [0, 1] and is shown in per cent."""
+    return _PERCENT.search(name) is not None
+
+
+def shown_score(name: str, score: Optional[Score]) -> str:
+    """``41.2 [39.0, 43.3]`` in per cent where the metric is a share; a dash where there is none."""
+    if score is None:
+        return "–"
+    if not is_share(name):
+        return f"{score.value:.4g}" + (f" [{score.low:.4g}, {score.high:.4g}]" if score.low is not None else "")
+    interval = f" [{100 * score.low:.1f}, {100 * score.high:.1f}]" if score.low is not None and score.high is not None \
+        else ""  # fmt: skip
+    return f"{100 * score.value:.1f}{interval}"
+
+
+def _names(runs: Sequence[TrainingLog]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.metrics))
+
+
+def _metrics(page: Page, runs: Sequence[TrainingLog]) -> None:
+    names = _names(runs)
+    if not names:
+        page.text("None of the runs has metrics.")
+        return
+    rows = []
+    for name in names:
+        scores = [run.metrics[name].score if name in run.metrics else None for run in runs]
+        cells = [shown_score(name, score) for score in scores]
+        if len(runs) == 2:
+            one, other = scores
+            known = one is not None and other is not None
+            difference = (other.value - one.value) * (100 if is_share(name) else 1) if one and other else 0.0
+            cells.append((f"{difference:+.1f}" if is_share(name) else f"{difference:+.4g}") if known else "–")
+        rows.append([name.replace("_", " "), *cells])
+    page.table(["metric", *(run.name for run in runs), *(["difference"] if len(runs) == 2 else [])], rows)
+    sources = sorted({metric.source for run in runs for metric in run.metrics.values()})
+    metrics = [metric for run in runs for metric in run.metrics.values()]
+    intervals = (
+        "brackets are 95% bootstrap intervals of one evaluation, which do not cover another training seed"
+        if any(metric.score.low is not None for metric in metrics)
+        else "no intervals: mmts eval gives them"
+    )
+    sources = ", ".join(sorted({metric.source for metric in metrics}))
+    page.text(f"Recalls, precisions and accuracies in per cent; {intervals}. From {sources}.", small=True)
+    for run in runs:
+        missing = [name.replace("_", " ") for name in names if name not in run.metrics]
+        if missing and run.metrics:
+            page.note(f"{run.name} lacks {', '.join(missing)}: not compared.")
+
+
+def plot_metrics(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
+    """The shares among the metrics, with their intervals."""
+    names = [name for name in _names(runs) if is_share(name)]
+    if not names:
+        return None
+    figure, (axes,) = new_figure(1.2 + (0.2 + 0.12 * len(runs)) * len(names))
+    for index, run in enumerate(runs):
+        at = [(row, run.metrics[name].score) for row, name in enumerate(names) if name in run.metrics]
+        spread = 0.5 * (index - (len(runs) - 1) / 2) / max(len(runs), 1)
+        _points(axes, [score for _, score in at], [row + spread for row, _ in at], _colour(runs, index), run.name, "x")
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_xlabel("%")
+    legend_above(figure, axes)
+    save(figure, path)
+    return "Metrics in per cent: " + "; ".join(
+        f"{name.replace('_', ' ')} "
+        + ", ".join(f"{run.name} {shown_score(name, run.metrics[name].score)}" for run in runs if name in run.metrics)
+        for name in names
+    ) + "."  # fmt: skip
+
+
+def plot_thirds(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
+    """Metrics by third of the concepts' frequency: who gains, head or tail."""
+    names = [name for name in _names(runs) if is_share(name)
+             and any(name in run.metrics and run.metrics[name].thirds for run in runs)]  # fmt: skip
+    names = sorted(names, key=lambda name: not name.endswith("R@1"))[:_PLOTTED_THIRDS]
+    if not names:
+        return None
+    figure, panels = new_figure(0.7 + 2.1 * len(names), [1] * len(names))
+    said = []
+    for axes, name in zip(panels, names):
+        for index, run in enumerate(runs):
+            metric: Optional[Metric] = run.metrics.get(name)
+            if metric is None or not metric.thirds:
+                continue
+            at = [(place, metric.thirds[third]) for place, third in enumerate(THIRDS) if third in metric.thirds]
+            spread = 0.24 * (index - (len(runs) - 1) / 2) / max(len(runs), 1)
+            _points(axes, [score for _, score in at], [place + spread for place, _ in at], _colour(runs, index),
+                    run.name, "y")  # fmt: skip
+            said.append(f"{run.name} {name.replace('_', ' ')}: "
+                        + ", ".join(f"{THIRDS[place]} {shown_score(name, score)}" for place, score in at))  # fmt: skip
+        axes.set_xticks(range(3), ["head (common)", "middle", "tail (rare)"])
+        axes.set_xlim(-0.5, 2.5)
+        axes.set_ylabel("%")
+        axes.set_ylim(0, min(108, max(axes.get_ylim()[1], 10)))
+        axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
+    legend_above(figure, panels[0])
+    save(figure, path)
+    return "; ".join(said) + "."
+
+
+def _points(axes: Any, scores: Sequence[Score], at: Sequence[float], color: str, label: str, along: str) -> None:
+    """Scores in per cent as dots with their intervals, along one axis."""
+    values = np.array([100 * score.value for score in scores])
+    bars = np.array(
+        [[score.value - score.low, score.high - score.value] if score.low is not None and score.high is not None
+         else [0, 0] for score in scores]
+    ).reshape(-1, 2).T * 100  # fmt: skip
+    x, y = (values, at) if along == "x" else (at, values)
+    axes.errorbar(x, y, **{f"{along}err": np.maximum(bars, 0)}, fmt="o", color=color, markersize=4.5, elinewidth=1.4,
+                  capsize=2, label=label)  # fmt: skip
+
+
+# -- model card --------------------------------------------------------------------------------------------------------
+
+
+def model_card(run: TrainingLog) -> str:
+    """A Markdown fragment for the model card of a run of ours, with the citation."""
+    record = run.record
+    what = "temperature" if record.get("loss") == INFONCE else "margin"
+    lines = [
+        "## Training with MM-TS",
+        "",
+        f"Trained with [MM-TS](https://arxiv.org/abs/2603.08202) in {run.host} by mmts-plugins "
+        f"{record.get('mmts_plugins', '')}: every training sample had its own {what}, the sum of a cosine over the run "
+        "and a shift that grows with the frequency of its concept.",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+    ]
+    # Of the table's path the last part alone: a card is shared, its author's folders are not.
+    shown = {name: Path(value).name if name == "clusters" and value else value for name, value in record.items()}
+    lines += [f"| {name} | {_cell(_shown(value))} |" for name, value in shown.items()
+              if value not in (None, False) and name not in ("host", "host_version", "mmts_plugins")]  # fmt: skip
+    if run.metrics:
+        thirds = any(metric.thirds for metric in run.metrics.values())
+        columns = ["all", *(("head", "middle", "tail") if thirds else ())]
+        lines += ["", "| metric | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        for name, metric in run.metrics.items():
+            cells = [shown_score(name, metric.score)]
+            cells += [shown_score(name, metric.thirds.get(third)) for third in THIRDS] if thirds else []
+            lines.append(f"| {_cell(name.replace('_', ' '))} | {' | '.join(cells)} |")
+        note = "Recalls, precisions and accuracies in per cent, 95% bootstrap intervals in brackets."
+        lines += ["", note + (" Head, middle and tail: thirds of the training samples by frequency." if thirds else "")]
+    return "\n".join([*lines, "", "```bibtex", CITATION, "```", ""])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+CITATION = """\
+@article{sheludzko2026mmts,
+  title   = {MM-TS: Multi-Modal Temperature and Margin Schedules for Contrastive Learning with Long-Tail Data},
+  author  = {Sheludzko, Siarhei and Duka, Dhimitrios and Schiele, Bernt and Kuehne, Hilde and Kukleva, Anna},
+  journal = {arXiv preprint arXiv:2603.08202},
+  year    = {2026}
+}"""

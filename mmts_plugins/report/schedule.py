@@ -1,0 +1,172 @@
+"""Plots of a schedule: temperatures over the run, and what a negative weighs at the schedule's extremes."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+
+from ..adapters.openclip import DEFAULT_PRESETS
+from ..config import SMALLEST_CALM_TEMPERATURE, merge, read_record
+from ..errors import ConfigError
+from ..plan import Plan, named_table, read_table
+from ..presets import INFONCE
+from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, save, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_POINTS = 2000
+_BROADEST = 0.5  # how far below the hardest negative the weights are drawn, in cosine similarity
+_COLOURS = {"rarest": TAIL, "tail": TAIL, "middle": MIDDLE, "all": MIDDLE, "head": HEAD, "most common": HEAD}
+
+
+def plans(
+    presets: Sequence[str],
+    configs: Sequence[str],
+    table: Optional[str],
+    total_steps: Optional[int],
+    changes: dict[str, float],
+    default_steps: int,
+) -> list[Plan]:
+    """One plan for each preset and each ``mmts.yaml``.
+
+    Args:
+        presets: names.
+        configs: paths of ``mmts.yaml`` files.
+        table: for all of them; a config without it takes the table it names, if that is still there.
+        total_steps: of all of them; a config without it takes its own, a preset ``default_steps``.
+        changes: fields of :class:`mmts_plugins.config.Config` that take the place of theirs.
+
+    Raises:
+        ConfigError, TableError: an unknown preset, a file that cannot be used, or a value that cannot be drawn.
+    """
+    if "period" in changes and "num_oscillations" in changes:
+        raise ConfigError("give either --num-oscillations or --period, not both")
+    loaded = None if table is None else read_table(table)
+    steps = default_steps if total_steps is None else total_steps
+    found = [Plan.of_preset(name, steps, loaded, **changes) for name in presets]
+    flags = {f"mmts_{name}": value for name, value in changes.items()}
+    for path in configs:
+        values = merge({"mmts_config": path, **flags}, INFONCE, DEFAULT_PRESETS)
+        record = read_record(path)
+        steps = total_steps if total_steps is not None else record.get("total_steps", default_steps)
+        if not isinstance(steps, int):
+            raise ConfigError(f"{path}: field 'total_steps' has the wrong type: {steps!r}")
+        found.append(Plan(values, steps, loaded or named_table(record, path)[0], path))
+    return found
+
+
+def say(plan: Plan) -> str:
+    """The plot of a plan in words: its range, how unequal negatives weigh at its ends, and the guard it breaks."""
+    low, high = _range(plan)
+    what = "margin" if plan.is_margin else "temperature"
+    names = list(plan.shifts)
+    ends = "" if len(names) == 1 else f" ({names[0]}, at the lowest) to {high:.4g} ({names[-1]}, at the highest)"
+    text = f"{plan.name}: {what} {low:.4g}" + (ends or f" to {high:.4g}")
+    if not plan.is_margin and low > 0:
+        text += (
+            f"; a negative 0.1 less similar than the hardest weighs {math.exp(-0.1 / low):.1%} of it at the lowest, "
+            f"{math.exp(-0.1 / high):.1%} at the highest"
+        )
+    return text + (f". A run refuses this: {plan.problem}" if plan.problem else "")
+
+
+def plot(plans: Sequence[Plan], path: Path) -> None:
+    """Write a PNG: a row for each plan, its temperatures on the left, the weights of negatives on the right."""
+    figure = blank_figure(9.6, 3.9 * len(plans))
+    for plan, part in zip(plans, figure.subfigures(len(plans), 1, squeeze=False)[:, 0]):
+        axes = part.subplot_mosaic([["run", "weights"], ["base", "weights"]], height_ratios=(3.4, 1),
+                                   width_ratios=(1.75, 1))  # fmt: skip
+        for each in axes.values():
+            style(each)
+        draw_run(axes["run"], plan)
+        draw_base(axes["base"], plan)
+        draw_weights(axes["weights"], plan)
+        axes["run"].tick_params(labelbottom=False)
+        part.legend(*axes["run"].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False,
+                    fontsize=9)  # fmt: skip
+        values = plan.values
+        title = f"{plan.name}: {values['loss']}, alpha {values['alpha']:g}, shifts {values['shift_min']:g} to "
+        part.suptitle(f"{title}{values['shift_max']:g}", fontsize=11, fontweight="bold", x=0.01, ha="left")
+        if plan.problem:
+            axes["run"].set_title("\n".join(textwrap.wrap(plan.problem, 84)), fontsize=8.5, color=FORBIDDEN, loc="left")
+    save(figure, path)
+
+
+def draw_run(axes: Axes, plan: Plan) -> None:
+    """Temperatures (or margins) of the plan's concepts over the run, what a guard forbids in red."""
+    steps = _steps(plan)
+    base = plan.base(steps)
+    for name, shift in plan.shifts.items():
+        edge = name in ("rarest", "most common") and "head" in plan.shifts
+        curve = base + shift
+        axes.plot(steps, curve, color=_COLOURS[name], linewidth=1 if edge else 2, linestyle=":" if edge else "-",
+                  label=name if edge or plan.table is None else f"{name} third")  # fmt: skip
+        forbidden = curve < 0 if plan.is_margin else curve <= 0
+        axes.plot(steps, np.where(forbidden, curve, np.nan), color=FORBIDDEN, linewidth=4, alpha=0.6)
+    low, high = _range(plan)
+    axes.set_ylim(min(0.0, low * 1.15), high * 1.06)
+    if low < 0 or (low == 0 and not plan.is_margin):
+        axes.axhspan(axes.get_ylim()[0], 0, color=FORBIDDEN, alpha=0.08)
+        axes.axhline(0, color=FORBIDDEN, linewidth=1)
+    if not plan.is_margin and low < 2 * SMALLEST_CALM_TEMPERATURE:
+        axes.axhline(SMALLEST_CALM_TEMPERATURE, color=FORBIDDEN, linewidth=1, linestyle="--")
+        axes.annotate("0.01: a logit scale of 100", (steps[-1], SMALLEST_CALM_TEMPERATURE), (0, 2), fontsize=8,
+                      textcoords="offset points", ha="right", color=FORBIDDEN,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+    axes.set_xlim(0, max(plan.total_steps - 1, 1))
+    axes.set_ylabel("margin" if plan.is_margin else "temperature")
+
+
+def draw_base(axes: Axes, plan: Plan) -> None:
+    """The cosine that all samples share, Eq. 7."""
+    steps = _steps(plan)
+    axes.plot(steps, plan.base(steps), color=BASE, linewidth=1.6)
+    axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.set_xlim(0, max(plan.total_steps - 1, 1))
+    axes.set_ylabel("base")
+    axes.set_xlabel("optimizer step")
+
+
+def draw_weights(axes: Axes, plan: Plan) -> None:
+    """Fig. 1 of the paper at the schedule's extremes.
+
+    InfoNCE: a negative's gradient weight against the hardest negative's, ``exp((s - s_hardest) / tau)``, which does not
+    depend on how the other negatives lie. Max-margin: a negative counts fully once it is within the margin of the
+    positive, and not at all before.
+    """
+    half = plan.schedule.alpha / 2
+    names = list(plan.shifts)
+    chosen = ["tail", "head"] if "head" in names else list(dict.fromkeys([names[0], names[-1]]))
+    gap = np.linspace(-_BROADEST, 0, 600)
+    for name in chosen:
+        for base, dashes, where in ((-half, (3, 1.5), "lowest"), (half, (None, None), "highest")):
+            value = plan.shifts[name] + base
+            weight = (gap >= -value).astype(float) if plan.is_margin else _relative(gap, value)
+            if weight is not None:
+                axes.plot(gap, weight, color=_COLOURS[name], dashes=dashes, linewidth=1.8,
+                          label=f"{name}, {where}: {value:.3g}")  # fmt: skip
+    axes.set_xlim(-_BROADEST, 0)
+    axes.set_ylim(0, 1.42)  # room for the legend
+    axes.set_yticks(np.arange(0, 1.01, 0.25))
+    axes.set_ylabel("weight of a negative" if plan.is_margin else "weight relative to the hardest")
+    axes.set_xlabel("similarity minus the positive's" if plan.is_margin else "similarity minus the hardest negative's")
+    axes.legend(loc="upper left", frameon=False, fontsize=8.5, title_fontsize=8.5)
+
+
+def _relative(gap: np.ndarray, temperature: float) -> Optional[np.ndarray]:
+    return np.exp(gap / temperature) if temperature > 0 else None
+
+
+def _range(plan: Plan) -> tuple[float, float]:
+    shifts, half = plan.shifts.values(), plan.schedule.alpha / 2
+    return min(shifts) - half, max(shifts) + half
+
+
+def _steps(plan: Plan) -> np.ndarray[Any, Any]:
+    return np.unique(np.linspace(0, plan.total_steps - 1, min(plan.total_steps, _POINTS)).round())

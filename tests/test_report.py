@@ -1,0 +1,632 @@
+"""``mmts schedule``, ``mmts plot schedule`` and ``mmts report``: numbers, pages, and what they refuse."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import html
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Data, openclip_flags, run_python
+from pages import assert_self_contained
+
+from mmts_plugins.adapters import avion, openclip
+from mmts_plugins.cli import main
+from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.config import Config, record, split_flags, write_record
+from mmts_plugins.errors import ConfigError, MMTSError
+from mmts_plugins.plan import Plan, named_table, resolve_for
+from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
+from mmts_plugins.report import concepts, logs, plots, run, schedule, table
+from mmts_plugins.runtime import Runtime
+
+pytest.importorskip("matplotlib")
+
+TAIL = 0.03  # the lowest temperature of the preset clip-cc3m
+NOUNS = [f"noun{letter}" for letter in "abcdefgh"]
+
+
+def long_tail(path: Path, **info: Any) -> ClusterTable:
+    """320 samples in 8 clusters, each named by its own word; some captions occur several times."""
+    keys, cluster, count = [], [], []
+    for place, word in enumerate(NOUNS):
+        for number in range(24 - 2 * place):
+            keys.append(f"take the {word} from shelf {'abcdefghijklmnopqrstuvwxyz'[number]}x <script>{number}</script>")
+            cluster.append(place)
+            count.append(2 if number < 8 else 1)
+    sizes = np.bincount(cluster, weights=count)
+    made = ClusterTable.build(keys, cluster, sizes[cluster], count, info=info)
+    made.save(path)
+    return ClusterTable.load(path)
+
+
+# --- where a run's temperatures go ------------------------------------------------------------------------------------
+
+
+def test_a_plan_gives_the_temperatures_of_the_run(data: Data) -> None:
+    found = ClusterTable.load(data.table)
+    config = Config(INFONCE, 0.04, 0.05, 0.10, str(data.table))
+    runtime = Runtime(config, found, found.frequency, 100, torch.device("cpu"))
+    plan = Plan(vars(config), 100, found)
+    assert plan.shifts["head"] == pytest.approx(runtime.head_shift)
+    assert plan.shifts["tail"] == pytest.approx(runtime.tail_shift)
+    assert (plan.shifts["rarest"], plan.shifts["most common"]) == pytest.approx((0.05, 0.10))
+    assert list(plan.shifts.values()) == sorted(plan.shifts.values())
+    steps = np.arange(100)
+    assert plan.base(steps) == pytest.approx([runtime.schedule.offset(step) for step in range(100)])
+    assert plan.extremes == {"start": 0, "trough": 10, "peak": 20, "end": 99}
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 12])
+def test_extremes_lie_inside_short_runs(total: int) -> None:
+    plan = Plan.of_preset("clip-cc3m", total)
+    base = plan.base(np.arange(total))
+    assert plan.extremes["end"] == total - 1
+    assert base[plan.extremes["trough"]] == pytest.approx(base.min())
+    assert plan.extremes["trough"] <= plan.extremes["peak"] < total
+
+
+def test_a_plan_may_break_a_guard_and_says_so() -> None:
+    assert Plan.of_preset("clip-cc3m", 10).problem is None
+    broken = Plan.of_preset("clip-cc3m", 10, alpha=0.1)
+    assert broken.problem is not None
+    assert "must stay above zero" in broken.problem
+    with pytest.raises(ConfigError, match="at least one optimizer step"):
+        Plan.of_preset("clip-cc3m", 0)
+    with pytest.raises(ConfigError, match="unknown preset 'clip'"):
+        Plan.of_preset("clip", 10)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--loss", "mmts"],
+        ["--loss", "mmts-max-margin", "--mmts-missing", "mean"],
+        ["--loss", "mmts", "--mmts-preset", "vast-clip", "--mmts-period", "7"],
+        ["--loss", "mmts", "--mmts-no-schedule", "--mmts-alpha", "0.3"],
+    ],
+)
+def test_schedule_resolves_what_the_host_would(argv: list[str], data: Data, tmp_path: Path) -> None:
+    captions = split_flags([*argv, "--mmts-clusters", str(data.table)])[0]
+    assert resolve_for("openclip", captions)[0] == openclip.Run(captions, argparse.Namespace()).config
+    counts = tmp_path / "counts.csv"
+    counts.write_text("class_id,count\n0,30\n1,5\n")
+    classes = split_flags([*argv, "--mmts-clusters", str(counts)])[0]
+    config, found = resolve_for("avion", classes)
+    assert config == avion.Run(classes).config
+    assert found is not None
+    assert found.content_hash == avion.load_classes(str(counts)).content_hash
+
+
+def test_schedule_prints_config_and_extremes(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "--host", "openclip", "--total-steps", "1000", "--mmts-clusters", str(data.table)]) == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["loss"] == ["mmts-infonce"]
+    assert lines["period"][:2] == ["200", "steps:"]
+    assert lines["6"] == ["captions", "in", "4", "clusters,", "48", "samples"]
+    assert [lines["trough"][0], lines["trough"][1], lines["trough"][2]] == ["100", "-0.0200", f"{TAIL:.4f}"]
+    assert [lines["peak"][0], lines["peak"][-1]] == ["200", "0.1200"]
+
+
+def test_schedule_counts_classes_and_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = tmp_path / "train.csv"
+    metadata.write_text("narration_id,verb_class,noun_class\na,0,3\nb,0,3\nc,1,4\n")
+    asked = ["schedule", "--host", "avion", "--total-steps", "10", "--train-metadata", str(metadata)]
+    assert main([*asked, "--mmts-distribution", "verb_noun", "--loss", "mmts-infonce", "--mmts-preset",
+                 "avion-max-margin"]) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "2 classes in 2 clusters, 3 samples" in out
+    assert "warning: preset 'avion-max-margin' was chosen for mmts-max-margin" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--host", "openclip", "--mmts-clusters", "gone.parquet"], "gone.parquet: no such cluster table"),
+        (["--host", "openclip"], "needs the cluster table"),
+        (["--host", "openclip", "--mmts-no-shifts", "--mmts-alpha", "0.2"], "must stay above zero"),
+        (["--host", "openclip", "--mmts-no-shifts", "--mmts-distribution", "noun"], "AVION's classes"),
+        (["--host", "openclip", "--mmts-no-shifts", "--train-metadata", "x.csv"], "AVION's classes"),
+        (["--host", "avion", "--train-metadata", "x.csv"], "x.csv: cannot be read"),
+        (["--host", "clip", "--mmts-no-shifts"], "no adapter; choose from avion, openclip"),
+    ],
+)
+def test_schedule_refuses(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "--total-steps", "10", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_schedule_refuses_a_table_of_classes_for_openclip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "classes.parquet"
+    ClusterTable.build(["0", "1"], [0, 1], [3, 4], kind="class").save(path)
+    assert main(["schedule", "--host", "openclip", "--total-steps", "9", "--mmts-clusters", str(path)]) == 2
+    assert "finds its samples by caption" in capsys.readouterr().err
+
+
+def test_a_recorded_table_is_taken_only_if_it_is_the_runs(tmp_path: Path) -> None:
+    made = long_tail(tmp_path / "clusters.parquet")
+    beside = tmp_path / "logs" / "run" / "checkpoints" / "mmts.yaml"
+    found, why = named_table({"clusters": "clusters.parquet", "table_hash": made.content_hash}, beside)
+    assert found is not None
+    assert (found.content_hash, why) == (made.content_hash, "")
+    found, why = named_table({"clusters": "clusters.parquet", "table_hash": "other"}, beside)
+    assert found is None
+    assert "another content hash" in why
+    assert named_table({"clusters": "gone.parquet"}, beside) == (None, "gone.parquet is not found from here")
+
+
+# --- mmts plot schedule -----------------------------------------------------------------------------------------------
+
+
+def drawn(plan: Plan, draw: Any) -> list[Any]:
+    _, (axes,) = plots.new_figure(3)
+    draw(axes, plan)
+    return list(axes.get_lines())
+
+
+def test_plot_schedule_writes_a_picture_and_says_what_it_shows(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "s.png"
+    saved = tmp_path / "mmts.yaml"
+    write_record(saved, record(Config(MAX_MARGIN, 0.2, 0.17, 0.3, str(data.table)), 70, None, "AVION", "checkout"))
+    assert main(["plot", "schedule", "--preset", "clip-cc3m", "--config", str(saved), "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "clip-cc3m: temperature 0.03 (rarest, at the lowest) to 0.12 (most common, at the highest)" in said
+    assert f"weighs {math.exp(-0.1 / 0.03):.1%} of it at the lowest, {math.exp(-0.1 / 0.12):.1%} at the highest" in said
+    assert f"{saved}: margin 0.07" in said
+    assert f"Written to {out}" in said
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_schedule_takes_a_configs_own_length_and_table(data: Data, tmp_path: Path) -> None:
+    saved = tmp_path / "mmts.yaml"
+    write_record(saved, record(Config(INFONCE, 0.04, 0.05, 0.1, str(data.table)), 70, None, "open_clip_torch", "3.3.0"))
+    (plan,) = schedule.plans([], [str(saved)], None, None, {}, 1000)
+    assert plan.total_steps == 70
+    assert plan.schedule.period == 14
+    assert "head" in plan.shifts
+    (plan,) = schedule.plans([], [str(saved)], None, 100, {"period": 50.0, "alpha": 0.02}, 1000)
+    assert (plan.total_steps, plan.schedule.period, plan.schedule.alpha) == (100, 50, 0.02)
+
+
+def test_values_that_break_a_guard_are_marked() -> None:
+    plan = Plan.of_preset("clip-cc3m", 100, alpha=0.12)
+    red = [line for line in drawn(plan, schedule.draw_run) if line.get_color() == plots.FORBIDDEN and line.get_alpha()]
+    marked = np.concatenate([line.get_ydata() for line in red])
+    expected = np.concatenate([plan.base(np.arange(100)) + shift for shift in plan.shifts.values()])
+    assert np.sort(marked[~np.isnan(marked)]) == pytest.approx(np.sort(expected[expected <= 0]))
+    assert (expected <= 0).any()
+    assert "A run refuses this: the lowest temperature of the run is -0.01" in schedule.say(plan)
+    calm = drawn(Plan.of_preset("clip-cc3m", 100), schedule.draw_run)
+    assert all(np.isnan(line.get_ydata()).all() for line in calm if line.get_color() == plots.FORBIDDEN)
+
+
+def test_weights_of_negatives_are_the_losses_own() -> None:
+    similarity = torch.tensor([0.9, 0.3, 0.25, -0.1], dtype=torch.float64)  # of the positive, and of three negatives
+    for line in drawn(Plan.of_preset("clip-cc3m", 100), schedule.draw_weights):
+        tau = float(line.get_label().rsplit(" ", 1)[1])
+        scores = similarity.clone().requires_grad_()
+        torch.nn.functional.cross_entropy((scores / tau)[None], torch.tensor([0])).backward()
+        weight = scores.grad[2] / scores.grad[1]
+        assert np.interp(-0.05, *line.get_data()) == pytest.approx(weight.item(), rel=1e-3)
+    steps = drawn(Plan.of_preset("avion-max-margin", 100), schedule.draw_weights)
+    for line in steps:
+        gap, weight = line.get_data()
+        assert gap[weight > 0].min() == pytest.approx(-float(line.get_label().rsplit(" ", 1)[1]), abs=1e-3)
+    assert len(steps) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--preset", "clip"], "unknown preset 'clip'"),
+        (["-o", "schedule.pdf"], "names a .png file"),
+        (["--period", "3", "--num-oscillations", "4"], "not both"),
+        (["--alpha", "nan"], "alpha is nan"),
+        (["--table", "gone.parquet"], "gone.parquet: no such cluster table"),
+        (["--config", "gone.yaml"], "gone.yaml: cannot read"),
+        (["--total-steps", "0"], "at least one optimizer step"),
+    ],
+)
+def test_plot_schedule_refuses(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot", "schedule", *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# --- mmts report TABLE ------------------------------------------------------------------------------------------------
+
+
+def report(*argv: object) -> int:
+    return main(["report", *map(str, argv)])
+
+
+def page_of(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def text_of(folder: Path) -> str:
+    """The page's text as a reader sees it."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page_of(folder).split("<body>")[1])).split())
+
+
+def test_report_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = long_tail(tmp_path / "t.parquet")
+    out = tmp_path / "out"
+    assert report(tmp_path / "t.parquet", "-o", out) == 0
+    assert f"Written to {out / 'report.html'}" in capsys.readouterr().out
+    assert_self_contained(page_of(out), pictures=2)
+    assert "<script>" not in page_of(out)
+    text = text_of(out)
+    assert "most common, rarest 32 and 18 samples" in text
+    assert "Not measured." in text
+    assert "mmts stability t.parquet" in text
+    assert "64 of 200 samples (32.0%) repeat an earlier caption" in text
+    assert "#1: nouna" in text
+    assert "#8: nounh" in text
+    assert made.content_hash in text
+    rows = list(csv.DictReader((out / "clusters.csv").open(encoding="utf-8")))
+    sizes = made.sizes
+    for row, size in zip(rows, sizes):
+        shift = 0.05 + (size - sizes.min()) / (sizes.max() - sizes.min()) * 0.05
+        assert float(row["shift"]) == pytest.approx(shift, abs=1e-6)
+        assert float(row["highest"]) - float(row["lowest"]) == pytest.approx(PRESETS["clip-cc3m"].alpha)
+        assert int(row["samples"]) == size
+        assert row["words"].split()[0] == NOUNS[int(row["cluster"])]
+    assert len(rows) == 8
+
+
+def test_report_shows_the_stability_that_was_measured(tmp_path: Path) -> None:
+    long_tail(tmp_path / "t.parquet", stability={"verdict": "steady <enough>", "runs": 3, "ari": 0.53251})
+    assert report(tmp_path / "t.parquet", "-o", tmp_path / "out") == 0
+    text = text_of(tmp_path / "out")
+    assert "steady <enough>" in text
+    assert "ari 0.5325" in text
+    assert "Not measured." not in text
+
+
+def test_report_draws_a_map_of_given_embeddings(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    made = long_tail(tmp_path / "t.parquet")
+    points = np.random.default_rng(0).normal(size=(8, 16))[made.cluster] * 5
+    points += np.random.default_rng(1).normal(size=points.shape)
+    np.save(tmp_path / "e.npy", points.astype(np.float32))
+    asked = [tmp_path / "t.parquet", "-o", tmp_path / "out", "--embeddings", tmp_path / "e.npy", "--sample", 60]
+    assert report(*asked) == 0
+    assert_self_contained(page_of(tmp_path / "out"), pictures=3)
+    assert "t-SNE of 60 captions" in text_of(tmp_path / "out")
+    shown = table._shown("t", made, table.Options())
+    options = table.Options(embeddings=str(tmp_path / "e.npy"), sample=60)
+    found = table._project(shown, options)
+    assert isinstance(found, table.Points)
+    # Clusters that lie apart lie apart on the map: a point's nearest neighbour is of its own cluster.
+    distance = np.linalg.norm(found.where[:, None] - found.where, axis=2)
+    np.fill_diagonal(distance, np.inf)
+    place = made.cluster[found.rows]
+    assert (place[distance.argmin(1)] == place).mean() > 0.8
+
+
+def test_telling_words_are_those_of_the_cluster_and_not_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = long_tail(tmp_path / "t.parquet")
+    groups = concepts.Concepts.of(made, made.frequency)
+    assert [words[0] for words in concepts.telling_words(made, groups, [0])] == NOUNS
+    monkeypatch.setattr(concepts, "_KEYS_READ", 10)  # a sample: the shown clusters are read all the same
+    assert concepts.telling_words(made, groups, [0, 7])[7][0] == NOUNS[7]
+
+
+def test_report_of_classes_overlays_distributions(tmp_path: Path) -> None:
+    (tmp_path / "noun.csv").write_text("class_id,count\n7,1\n0,3617\n2,40\n")
+    (tmp_path / "ann.csv").write_text("narration_id,verb_class,noun_class\n" + "".join(
+        f"n,{i % 3},{i % 5}\n" for i in range(40)))  # fmt: skip
+    out = tmp_path / "out"
+    assert report(tmp_path / "noun.csv", tmp_path / "ann.csv", "-o", out, "--preset", "avion-clip") == 0
+    assert_self_contained(page_of(out), pictures=2)
+    text = text_of(out)
+    for name in ("noun.csv", "ann.csv: noun", "ann.csv: verb", "ann.csv: verb_noun"):
+        assert name in text
+    rows = list(csv.DictReader((out / "clusters_noun.csv").open(encoding="utf-8")))
+    assert [(row["class"], row["samples"]) for row in rows] == [("0", "3617"), ("2", "40"), ("7", "1")]
+    assert (rows[0]["shift"], rows[-1]["shift"]) == ("0.200000", "0.050000")
+    assert len(list(csv.DictReader((out / "clusters_ann_verb_noun.csv").open(encoding="utf-8")))) == 15
+    only = tmp_path / "only"
+    assert report(tmp_path / "ann.csv", "-o", only, "--distribution", "verb") == 0
+    assert "ann.csv: verb " in text_of(only) + " "
+    assert "noun" not in text_of(only)
+
+
+def test_report_of_tables_at_the_edges(tmp_path: Path) -> None:
+    ClusterTable.build(["x y", "y z"], [0, 1], [5.0, 5.0]).save(tmp_path / "flat.parquet")
+    ClusterTable.build(["42 !"], [9], [1.0]).save(tmp_path / "one.parquet")
+    for name in ("flat", "one"):
+        assert report(tmp_path / f"{name}.parquet", "-o", tmp_path / name) == 0
+        assert "Every caption occurs once" in text_of(tmp_path / name)
+    assert "#1: no words" in text_of(tmp_path / "one")
+    assert [row["shift"] for row in csv.DictReader((tmp_path / "flat" / "clusters.csv").open())] == ["0.075000"] * 2
+
+
+def test_report_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = long_tail(tmp_path / "t.parquet")
+    np.save(tmp_path / "short.npy", np.ones((3, 4), np.float32))
+    np.save(tmp_path / "nan.npy", np.full((len(made), 4), np.nan, np.float32))
+    (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:300])
+    (tmp_path / "noun.csv").write_text("class_id,count\n7,1\n")
+    (tmp_path / "empty").mkdir()
+    good, out = tmp_path / "t.parquet", tmp_path / "out"
+    for argv, message in [
+        ([tmp_path / "gone"], "gone: no such table or run"),
+        ([tmp_path / "foreign.csv"], "neither counts"),
+        ([tmp_path / "torn.parquet"], "not a readable Parquet file"),
+        ([tmp_path / "empty"], "not a training run"),
+        ([good, tmp_path / "empty"], "two reports"),
+        ([good, "--preset", "clip"], "unknown --preset 'clip'"),
+        ([good, "--embeddings", tmp_path / "short.npy"], "3 rows for the 136 keys"),
+        ([good, "--embeddings", tmp_path / "nan.npy"], "nan.npy"),
+        ([good, "--embeddings", tmp_path / "short.npy", "--encoder", "tfidf"], "not both"),
+        ([good, good, "--embeddings", tmp_path / "short.npy"], "belongs to one table"),
+        ([tmp_path / "noun.csv", "--encoder", "tfidf"], "no captions to embed"),
+        ([good, "--sample", 0], "--sample must be at least 1"),
+    ]:
+        assert report(*argv, "-o", out) == 2, argv
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    assert report(good, "-o", tmp_path / "noun.csv") == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_a_report_is_replaced_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.csv").write_text("class_id,count\n7,1\n8,2\n")
+    assert report(tmp_path / "c.csv", "-o", tmp_path) == 0
+    assert report(tmp_path / "c.csv", "-o", tmp_path) == 2
+    assert "--force" in capsys.readouterr().err
+    assert report(tmp_path / "c.csv", "-o", tmp_path, "--force") == 0
+
+
+def test_plots_without_matplotlib_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "c.csv").write_text("class_id,count\n7,1\n8,2\n")
+    for argv in (["plot", "schedule", "-o", tmp_path / "s.png"], ["report", tmp_path / "c.csv", "-o", tmp_path / "r"]):
+        assert main([*map(str, argv)]) == 2
+        assert "pip install 'mmts-plugins[report]'" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"c.csv"}
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from mmts_plugins.report import command; "
+        "print([name for name in ('torch', 'sklearn', 'matplotlib', 'pyarrow') if name in sys.modules])"
+    )
+    assert run_python("-c", code).stdout.strip() == "[]"
+
+
+# --- reading runs -----------------------------------------------------------------------------------------------------
+
+
+def score(value: float, **thirds: float) -> dict[str, Any]:
+    """As ``mmts eval`` writes it."""
+
+    def bounded(number: float) -> dict[str, float]:
+        return {"value": number, "low": number - 0.05, "high": number + 0.05, "n": 100}
+
+    return {**bounded(value), **{name: bounded(each) for name, each in thirds.items()}}
+
+
+def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (), **changes: Any) -> Path:
+    """A run's folder as OpenCLIP and we leave it, with a log of every tenth step."""
+    values = {"alpha": 0.04, "shift_min": 0.05, "shift_max": 0.1, **changes}
+    config = Config(INFONCE, clusters=str(made), **values)
+    found = ClusterTable.load(made)
+    plan = Plan(vars(config), 100, found)
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    write_record(checkpoints / "mmts.yaml", record(config, 100, found.content_hash, "open_clip_torch", "3.3.0"))
+    lines = []
+    for step in range(0, 100, 10):
+        base = plan.schedule.offset(step)
+        line = {"step": step, "total_steps": 100, "epoch": step / 50, "loss": 4 - step / 50, "tau_base": base + off,
+                "tau_head": base + plan.shifts["head"], "tau_mid": base + plan.shifts["middle"],
+                "tau_tail": base + plan.shifts["tail"], "hit_rate": 1.0, "loss_head": 4.0, "loss_tail": 3.0,
+                "alignment": 1 - step / 100}  # fmt: skip
+        lines.append(json.dumps({name: value for name, value in line.items() if name not in skip}))
+    (checkpoints / "mmts.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "params.txt").write_text(f"batch_size: 8\nepochs: 2\nlr: {changes.get('alpha', 0.1)}\nname: {folder}\n")
+    recall = score(0.4, head=0.5, mid=0.4, tail=0.3)
+    metrics = {"image_to_text_R@1": recall, "image_to_text_median_rank": score(3.0)}
+    (folder / "mmts_eval.json").write_text(json.dumps({"format": 1, "metrics": metrics}))
+    return folder
+
+
+OPENCLIP_LOG = (
+    "2026-11-22,18:04:33 | INFO | Train Epoch: 0 [ 8/48 (50%)] LR: 0.1 Logit Scale: 14.286 Loss: 2.5000 (2.5)\n"
+    "2026-11-22,18:04:34 | INFO | Train Epoch: 1 [48/48 (100%)] LR: 0.1 Logit Scale: 20.000 Loss: 1.5000 (2.2)\n"
+)
+
+
+def make_plain(folder: Path) -> Path:
+    """A plain OpenCLIP run's folder, with its own evaluation."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "out.log").write_text(OPENCLIP_LOG)
+    (folder / "params.txt").write_text("batch_size: 8\nepochs: 2\nlr: 0.1\n")
+    (folder / "checkpoints" / "results.jsonl").write_text(
+        '{"image_to_text_R@1": 0.1, "epoch": 1, "num_samples": 48}\n'
+        '{"image_to_text_R@1": 0.3, "clip_val_loss": 2.0, "epoch": 2, "num_samples": 48}\n'
+    )
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    long_tail(tmp_path / "clusters.parquet")
+    return tmp_path / "clusters.parquet"
+
+
+def test_logs_are_read_as_they_were_left(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    log = folder / "checkpoints" / "mmts.jsonl"
+    with log.open("a") as file:  # resumed from step 80, then killed while writing, after it diverged
+        file.write('{"step": 80, "total_steps": 100, "tau_base": 0.5, "loss": 9.0}\n')
+        file.write('{"step": 95, "total_steps": 100, "loss": NaN}\n{"step": 9')
+    found = logs.read_run(folder)
+    assert found.series["loss"][[0, -2, -1]].tolist() == [[0, 4.0], [80, 9.0], [90, 2.2]]
+    assert found.series["tau_base"][-2].tolist() == [80, 0.5]
+    assert found.steps.tolist() == list(range(0, 100, 10))
+    assert len(found.series["tau_head"]) == 9  # the later line of step 80 has none
+    assert any("1 line(s) could not be read" in note for note in found.notes)
+    assert any("from step 95 on: the training diverged" in note for note in found.notes)
+    for inside in (folder / "checkpoints", folder / "checkpoints" / "mmts.yaml"):
+        again = logs.read_run(inside)
+        assert (again.name, again.metrics.keys()) == ("a", found.metrics.keys())
+
+
+def test_a_plain_openclip_run_is_read(tmp_path: Path) -> None:
+    found = logs.read_run(make_plain(tmp_path / "plain"))
+    assert found.series["loss"].tolist() == [[25, 2.5], [100, 1.5]]
+    assert found.series["learned_temperature"][-1].tolist() == [100, 0.05]
+    assert found.metrics["image_to_text_R@1"].score == logs.Score(0.3)
+    assert set(found.metrics) == {"image_to_text_R@1", "clip_val_loss"}
+    assert any("no mmts.yaml" in note for note in found.notes)
+
+
+def test_an_avion_run_is_read(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text(
+        '{"train_loss": 0.5, "test_avg_map": 20.0, "epoch": 0}\n{"train_loss": 0.2, "test_avg_map": 30.5, "epoch": 1}\n'
+    )
+    found = logs.read_run(tmp_path)
+    assert found.series["loss"].tolist() == [[50, 0.5], [100, 0.2]]
+    assert found.metrics["test_avg_map"].score.value == 30.5
+    assert run.shown_score("test_avg_map", found.metrics["test_avg_map"].score) == "30.5"
+
+
+def test_damaged_evaluations_are_notes(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    (folder / "mmts_eval_torn.json").write_text('{"metrics": {')
+    (folder / "mmts_eval_test.json").write_text(json.dumps({"metrics": {
+        "text_to_image_R@1": {**score(0.2), "tail": {"value": None, "low": None, "high": None, "n": 0}}}}))  # fmt: skip
+    found = logs.read_run(folder)
+    assert any("mmts_eval_torn.json: not a result" in note for note in found.notes)
+    assert found.metrics["test: text_to_image_R@1"].thirds == {}
+    assert found.metrics["eval: image_to_text_R@1"].thirds["tail"] == logs.Score(0.3, 0.25, 0.35)
+
+
+# --- mmts report RUN --------------------------------------------------------------------------------------------------
+
+
+def test_report_of_two_runs(made: Path, tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", made)
+    two = make_run(tmp_path / "two|<i>", made, alpha=0.02)
+    (two / "mmts_eval.json").write_text(json.dumps({"metrics": {"image_to_text_R@1": score(0.45, head=0.5, tail=0.4)}}))
+    out = tmp_path / "out"
+    assert report(one, two, "-o", out) == 0
+    assert_self_contained(page_of(out), pictures=5)
+    assert "<i>" not in page_of(out)
+    text = text_of(out)
+    assert "one: the base temperature that training logged is the configured cosine at all 10 logged steps" in text
+    assert "image to text R@1 40.0 [35.0, 45.0] 45.0 [40.0, 50.0] +5.0" in text
+    assert "image to text median rank 3 [2.95, 3.05] – –" in text
+    assert "two|<i> lacks image to text median rank: not compared." in text
+    differences = text.split("Differences between the runs")[1].split("For a model card")[0]
+    assert "alpha 0.04 0.02" in differences
+    assert "host: lr 0.1 0.02" in differences
+    assert "shift_min" not in differences
+    assert "136 captions 8 200 18 to 32" in text
+    assert {path.name for path in out.glob("*.png")} == {
+        f"{name}.png" for name in ("schedule", "loss", "diagnostics", "metrics", "thirds")
+    }
+    card = (out / "model_card_one.md").read_text()
+    assert "| alpha | 0.04 |" in card
+    assert "| clusters | clusters.parquet |" in card  # without the folders of this machine
+    assert (
+        "| image to text R@1 | 40.0 [35.0, 45.0] | 50.0 [45.0, 55.0] | 40.0 [35.0, 45.0] | 30.0 [25.0, 35.0] |" in card
+    )
+    assert "@article{sheludzko2026mmts," in card
+    assert (out / "model_card_two_i_.md").exists()
+
+
+def test_report_compares_with_a_plain_run_and_names_what_is_none(made: Path, tmp_path: Path) -> None:
+    ours, plain = make_run(tmp_path / "ours", made), make_plain(tmp_path / "plain")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    out = tmp_path / "out"
+    assert report(plain, ours, tmp_path / "photos", "-o", out) == 0
+    text = text_of(out)
+    assert "photos: not a training run" in text
+    assert "(found: cat.jpg)" in text
+    assert "plain: no mmts.yaml: trained without MM-TS" in text
+    assert "image to text R@1 30.0 40.0 [35.0, 45.0] +10.0" in text
+    assert "Without MM-TS, or without its mmts.yaml: plain." in text
+    assert [path.name for path in out.glob("*.md")] == ["model_card_ours.md"]
+
+
+def test_report_of_a_plain_run_alone_is_the_page_of_what_there_is(tmp_path: Path) -> None:
+    assert report(make_plain(tmp_path / "plain"), "-o", tmp_path / "out") == 0
+    assert_self_contained(page_of(tmp_path / "out"), pictures=3)
+    text = text_of(tmp_path / "out")
+    assert "No run has an mmts.yaml." in text
+    assert "None of the runs has a cluster table" in text
+    assert not list((tmp_path / "out").glob("*.md"))
+
+
+def test_report_sees_a_schedule_that_was_not_followed(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one", made, off=0.004)
+    assert report(folder, "-o", tmp_path / "out") == 0
+    assert "NOT the configured cosine: at step" in text_of(tmp_path / "out")
+
+
+def test_report_without_the_runs_table(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one", made)
+    made.unlink()
+    assert report(folder, "-o", tmp_path / "a") == 0
+    assert "the cluster table cannot be shown" in text_of(tmp_path / "a")
+    ClusterTable.build(["other"], [0], [1.0]).save(made)
+    assert report(folder, "-o", tmp_path / "b") == 0
+    assert "another content hash" in text_of(tmp_path / "b")
+    (folder / "checkpoints" / "mmts.yaml").write_text("loss: mmts-infonce\n")
+    assert report(folder, "-o", tmp_path / "c") == 0
+    assert "does not describe a schedule" in text_of(tmp_path / "c")
+
+
+def test_report_of_runs_with_little_in_their_logs(made: Path, tmp_path: Path) -> None:
+    bare = make_run(
+        tmp_path / "bare", made, skip=("loss", "loss_head", "loss_tail", "tau_base", "alignment", "hit_rate")
+    )
+    (bare / "mmts_eval.json").unlink()
+    assert report(bare, "-o", tmp_path / "out") == 0
+    text = text_of(tmp_path / "out")
+    assert_self_contained(page_of(tmp_path / "out"), pictures=1)
+    for said in ("no losses were found", "no metrics were found", "None of the runs has metrics"):
+        assert said in text
+
+
+def test_report_of_a_real_run(small_model: str, data: Data, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip_train")
+    argv = openclip_flags(small_model, tmp_path / "logs", train_data=data.csv, val_data=data.csv, dataset_type="csv",
+                          loss="mmts", mmts_clusters=data.table)  # fmt: skip
+    done = run_python("-m", "mmts_plugins", "run", "-m", "open_clip_train.main", *argv)
+    assert done.returncode == 0, done.stdout
+    assert report(tmp_path / "logs" / "run", "-o", tmp_path / "out") == 0
+    text = text_of(tmp_path / "out")
+    assert "total_steps 12" in text
+    assert "6 captions 4 48" in text
+    found = logs.read_run(tmp_path / "logs" / "run")
+    assert 0 < found.metrics["image_to_text_R@10"].score.value <= 1
+    assert len(found.series["loss"]) == 12
+    assert "learned_temperature" not in found.series
+    with pytest.raises(MMTSError, match="not a training run"):
+        logs.read_run(data.folder)
