@@ -48,6 +48,7 @@ class Config:
     missing: str = "tail"
     distribution: Optional[str] = None
     cluster_of: Optional[str] = None
+    diagnostics_every: int = 100
 
     def __post_init__(self) -> None:
         for name in ("alpha", "shift_min", "shift_max", "num_oscillations", "period"):
@@ -64,6 +65,8 @@ class Config:
                 raise ConfigError(f"{_flag(name)} is {value}: it must be above zero")
         if (self.num_oscillations is None) == (self.period is None):
             raise ConfigError("give either --mmts-num-oscillations or --mmts-period, not both")
+        if self.diagnostics_every < 0:
+            raise ConfigError(f"--mmts-diagnostics-every is {self.diagnostics_every}: it must be zero (off) or above")
         if self.clusters is None and self.distribution is None and not self.no_shifts:
             raise ConfigError(
                 "--loss mmts needs the cluster table of the training captions: --mmts-clusters FILE "
@@ -184,6 +187,13 @@ def flag_parser() -> argparse.ArgumentParser:
         help="what a caption absent from the table gets: the tail's shift (default), the mean shift, or an error",
     )
     group.add_argument(
+        "--mmts-diagnostics-every",
+        type=int,
+        metavar="STEPS",
+        help="how often to measure losses of head, middle and tail, alignment, uniformity, equilibrium and modality "
+        "gap (default: 100; 0: never)",
+    )
+    group.add_argument(
         "--mmts-allow-config-change",
         action="store_true",
         help="on resume, go on although mmts.yaml beside the checkpoint differs",
@@ -273,7 +283,7 @@ def merge(
     return values
 
 
-_NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period"}
+_NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period", "diagnostics_every"}
 _FLAGS = {"no_schedule", "no_shifts"}
 _CHOICES = {"missing": MISSING, "distribution": DISTRIBUTIONS, "cluster_of": CLUSTER_OF}
 
@@ -308,7 +318,7 @@ def load_file(path: PathLike) -> dict[str, Any]:
 
 
 RECORDED = ("total_steps", "table_hash", "host", "host_version", "mmts_plugins")
-_NOT_COMPARED = ("clusters", "preset", "num_oscillations", "total_steps", "mmts_plugins")
+_NOT_COMPARED = ("clusters", "preset", "num_oscillations", "total_steps", "diagnostics_every", "mmts_plugins")
 
 
 def record(config: Config, total_steps: int, table_hash: Optional[str], host: str, host_version: str) -> dict[str, Any]:

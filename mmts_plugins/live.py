@@ -1,0 +1,206 @@
+"""What a run shows while it trains: temperatures, hit rate, losses by third, and how the embedding space fares.
+
+Nothing here waits for the device outside the steps that it reports.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .distributed import gather_rows
+from .functional import full_precision
+from .presets import INFONCE
+from .runtime import Runtime
+
+LOG_NAME = "mmts.jsonl"
+THIRDS = ("head", "mid", "tail")
+_BLOCK = 256  # anchors at a time: two blocks of similarities are all the memory that a measurement takes
+_UNIFORMITY_ROWS = 1024
+
+Log = Callable[[dict[str, float], int], None]
+
+
+@torch.no_grad()
+def batch_statistics(
+    loss: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    temperature: Tensor,
+    third: Tensor,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Tensor]:
+    """How this rank's anchors stand among the whole batch.
+
+    Args:
+        loss: ``mmts-infonce`` or ``mmts-max-margin``.
+        image_features, text_features: ``[n, D]`` of this rank, pairs by row, of any length; on every rank ``n`` alike.
+        temperature: ``[n]``, or margins.
+        third: ``[n]`` 0, 1 or 2: head, middle or tail.
+        rank, world_size: the others' features are gathered; every rank must call.
+
+    Returns:
+        Scalars on the device: ``loss_head|mid|tail`` (mean loss of such anchors; NaN where there is none),
+        ``positive_similarity``, ``negative_similarity`` and their ``similarity_gap``; ``alignment`` (mean squared
+        distance of a pair) and ``uniformity`` (log of the mean Gaussian potential within each modality, averaged over
+        the two, of at most 1,024 samples) of Wang & Isola, ICML 2020; ``modality_gap`` (distance of the two means;
+        Liang et al., NeurIPS 2022); for InfoNCE ``equilibrium``, the ratio of the numerator to the denominator of Eq. 1
+        of Sun & Li, TMLR 2024 (positive pair to negative pairs), averaged as a logarithm: 1 where that loss is zero.
+    """
+    images, texts = (F.normalize(full_precision(rows), dim=-1) for rows in (image_features, text_features))
+    all_images, all_texts = (rows if world_size == 1 else gather_rows(rows, world_size) for rows in (images, texts))
+    n, total = len(images), len(all_images)
+    tau = temperature.to(images.dtype)
+    positive = (images * texts).sum(1)
+    own = torch.arange(n, device=images.device) + rank * n
+    losses, equilibria = [], []
+    for start in range(0, n, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        column = own[rows, None]
+        # Similarities of each anchor to the negatives of either modality; its own pair drops out.
+        negatives = [
+            (anchors[rows] @ others.T).scatter(1, column, -math.inf)
+            for anchors, others in ((images, all_texts), (texts, all_images))
+        ]
+        if loss == INFONCE:
+            own_logit = (positive[rows] / tau[rows])[:, None]
+            logits = [block / tau[rows, None] for block in negatives]
+            each = [torch.logsumexp(torch.cat([own_logit, block], 1), 1) - own_logit[:, 0] for block in logits]
+            losses.append((each[0] + each[1]) / 2)
+            equilibria.append(own_logit[:, 0] - torch.logsumexp(torch.cat(logits, 1), 1))
+        else:
+            threshold = (positive[rows] - tau[rows])[:, None]
+            hinges = sum((block - threshold).relu().sum(1) for block in negatives)
+            losses.append(hinges / max(1, 2 * (total - 1)))
+    per_anchor = torch.cat(losses)
+    found = {f"loss_{name}": per_anchor[third == number].mean() for number, name in enumerate(THIRDS)}
+    # The mean over all pairs is the product of the means: no similarity is formed for it.
+    means = all_images.mean(0), all_texts.mean(0)
+    pairs = (all_images * all_texts).sum(1).mean()
+    negative = (total * (means[0] * means[1]).sum() - pairs) / max(1, total - 1)
+    found |= {
+        "positive_similarity": pairs,
+        "negative_similarity": negative,
+        "similarity_gap": pairs - negative,
+        "alignment": 2 - 2 * pairs,
+        "uniformity": (_uniformity(all_images) + _uniformity(all_texts)) / 2,
+        "modality_gap": torch.linalg.vector_norm(means[0] - means[1]),
+    }
+    if equilibria:
+        found["equilibrium"] = torch.cat(equilibria).mean().exp()
+    return found
+
+
+def _uniformity(features: Tensor) -> Tensor:
+    """``log E exp(-2 |x - y|^2)`` over distinct pairs."""
+    features = features[:_UNIFORMITY_ROWS]
+    n = len(features)
+    exponent = 4 * (features @ features.T) - 4
+    exponent.fill_diagonal_(-math.inf)
+    return torch.logsumexp(exponent.flatten(), 0) - math.log(max(1, n * (n - 1)))
+
+
+class Meter:
+    """Temperatures' shifts and misses since the last report, summed on the device."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._stats: list[Tensor] = []
+
+    def update(self, shift: Tensor, missed: Tensor) -> None:
+        """``shift`` ``[n]``, ``missed`` ``[n]`` whether the sample is absent from the table."""
+        new = [shift.sum(), shift.min(), shift.max(), missed.sum()]
+        if self._stats:
+            total, low, high, misses = self._stats
+            new = [total + new[0], torch.minimum(low, new[1]), torch.maximum(high, new[2]), misses + new[3]]
+        self._stats = new
+        self.samples += len(shift)
+
+    def misses(self) -> int:
+        """Waits for the device."""
+        return int(self._stats[3].item())
+
+    def read(self, runtime: Runtime) -> dict[str, float]:
+        """The values to show; waits for the device, once, then starts anew. Temperatures are those of now."""
+        total, low, high, misses = torch.stack([value.to(self._stats[0].dtype) for value in self._stats]).tolist()
+        samples, self.samples, self._stats = self.samples, 0, []
+        base = runtime.base
+        values = {
+            "tau_base": base,
+            "tau_mean": base + total / samples,
+            "tau_min": base + low,
+            "tau_max": base + high,
+            "tau_head": base + runtime.head_shift,
+            "tau_mid": base + runtime.mid_shift,
+            "tau_tail": base + runtime.tail_shift,
+            "hit_rate": 1 - misses / samples,
+            "phase": runtime.schedule.phase(runtime.step),
+        }
+        if runtime.config.loss == INFONCE:
+            values["scale_mean"] = 1 / values["tau_mean"]
+        return values
+
+
+class Live:
+    """Reports of one run, to the host's own loggers and to ``mmts.jsonl``.
+
+    Args:
+        runtime: of the run.
+        log: ``log(values, step)`` writes to the host's loggers; called on the first rank only.
+        path: of ``mmts.jsonl``, one JSON object per line; ``None`` writes none. A resumed run goes on in it: what it
+            says of a step again counts.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        log: Optional[Log] = None,
+        path: Optional[Path] = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._runtime, self._log, self._path = runtime, log, path
+        self._rank, self._world_size = rank, world_size
+        self._measured = -1
+
+    def report(self, values: dict[str, float]) -> None:
+        """Show values of the current step. Numbers that are not finite are left out of the file."""
+        if self._rank != 0:
+            return
+        step = self._runtime.step
+        if self._log is not None:
+            self._log(values, step)
+        if self._path is not None:
+            known = {name: round(value, 8) for name, value in values.items() if math.isfinite(value)}
+            line = json.dumps({"step": step, "total_steps": self._runtime.total_steps, **known})
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def watch(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> None:
+        """Where the loss is: every ``diagnostics_every`` steps, measure the batch. Then every rank must call.
+
+        Args:
+            image_features, text_features: ``[n, D]`` of this rank.
+            temperature: ``[n]``.
+        """
+        runtime = self._runtime
+        every, step = runtime.config.diagnostics_every, runtime.step
+        if not every or step % every or step == self._measured:
+            return
+        self._measured = step  # once, however often accumulation calls the loss
+        third = runtime.third(temperature - runtime.base)
+        config, ranks = runtime.config, (self._rank, self._world_size)
+        found = batch_statistics(
+            config.loss, image_features.detach(), text_features.detach(), temperature, third, *ranks
+        )
+        if self._rank == 0:
+            self.report(dict(zip(found, torch.stack([value.float() for value in found.values()]).tolist())))

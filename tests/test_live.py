@@ -1,0 +1,155 @@
+"""What a run shows: batch statistics against their definitions, reports in steps and in the file."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+
+from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.config import resolve
+from mmts_plugins.functional import info_nce, max_margin
+from mmts_plugins.live import Live, Meter, batch_statistics
+from mmts_plugins.presets import INFONCE, MAX_MARGIN
+from mmts_plugins.runtime import Runtime
+
+PRESETS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
+
+
+def features(n: int = 300, dim: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    texts = images + 0.5 * torch.randn(n, dim, generator=generator, dtype=torch.float64) + 0.3
+    return F.normalize(images, dim=1), F.normalize(texts, dim=1)
+
+
+def defined(images: torch.Tensor, texts: torch.Tensor, tau: torch.Tensor) -> dict[str, float]:
+    """The definitions, an anchor or a pair at a time."""
+    scores, n = (images @ texts.T).numpy(), len(images)
+    off = ~np.eye(n, dtype=bool)
+    gaussian = [np.exp(-2 * torch.cdist(rows, rows).numpy() ** 2)[off].mean() for rows in (images, texts)]
+    logs = []
+    for i in range(n):
+        row, column = np.delete(scores[i], i), np.delete(scores[:, i], i)
+        negative = np.exp(row / tau[i].item()).sum() + np.exp(column / tau[i].item()).sum()
+        logs.append(scores[i, i] / tau[i].item() - math.log(negative))
+    return {
+        "positive_similarity": scores.diagonal().mean(),
+        "negative_similarity": scores[off].mean(),
+        "similarity_gap": scores.diagonal().mean() - scores[off].mean(),
+        "alignment": ((images - texts) ** 2).sum(1).mean().item(),
+        "uniformity": np.log(gaussian).mean(),
+        "modality_gap": (images.mean(0) - texts.mean(0)).norm().item(),
+        "equilibrium": math.exp(np.mean(logs)),
+    }
+
+
+@pytest.mark.parametrize("kind", [INFONCE, MAX_MARGIN])
+def test_statistics_equal_their_definitions(kind):
+    images, texts = features()
+    tau = torch.linspace(0.05, 0.3, len(images), dtype=torch.float64)
+    third = torch.arange(len(images)) % 3
+    found = batch_statistics(kind, 3 * images, 0.2 * texts, tau, third)
+    expected = defined(images, texts, tau)
+    if kind == MAX_MARGIN:
+        assert "equilibrium" not in found
+        del expected["equilibrium"]
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value, abs=1e-9), name
+    # Every third has as many anchors, so the mean of their losses is the loss.
+    mean = torch.stack([found[f"loss_{name}"] for name in ("head", "mid", "tail")]).mean()
+    loss = info_nce if kind == INFONCE else max_margin
+    assert mean.item() == pytest.approx(loss(images, texts, tau).item(), abs=1e-9)
+
+
+def test_an_anchor_counts_to_its_own_third():
+    images, texts = features(12)
+    tau = torch.full((12,), 0.1, dtype=torch.float64)
+    third = torch.tensor([0] * 5 + [2] * 7)
+    found = batch_statistics(INFONCE, images, texts, tau, third)
+    logits = images @ texts.T / 0.1
+    each = (F.cross_entropy(logits, torch.arange(12), reduction="none")
+            + F.cross_entropy(logits.T, torch.arange(12), reduction="none")) / 2  # fmt: skip
+    assert found["loss_head"].item() == pytest.approx(each[:5].mean().item(), abs=1e-12)
+    assert found["loss_tail"].item() == pytest.approx(each[5:].mean().item(), abs=1e-12)
+    assert math.isnan(found["loss_mid"])
+
+
+def _on_rank(rank: int, world_size: int) -> dict[str, float]:
+    images, texts = features(64)
+    rows = slice(rank * 64 // world_size, (rank + 1) * 64 // world_size)
+    tau, third = torch.full((64,), 0.1, dtype=torch.float64), torch.arange(64) % 3
+    found = batch_statistics(INFONCE, images[rows], texts[rows], tau[rows], third[rows], rank, world_size)
+    return {name: value.item() for name, value in found.items()}
+
+
+def test_two_ranks_measure_the_whole_batch():
+    one = _on_rank(0, 1)
+    two = on_ranks(2, _on_rank)
+    for name in ("positive_similarity", "negative_similarity", "uniformity", "modality_gap"):
+        assert [ranked[name] for ranked in two] == pytest.approx([one[name]] * 2, abs=1e-12)
+    assert math.prod(ranked["equilibrium"] for ranked in two) ** 0.5 == pytest.approx(one["equilibrium"], rel=1e-12)
+
+
+def runtime(kind: str = INFONCE, **flags) -> Runtime:
+    table = ClusterTable.build(
+        [str(i) for i in range(9)], [0, 0, 0, 1, 1, 1, 2, 2, 2], [90, 90, 90, 30, 30, 30, 3, 3, 3]
+    )
+    given = {"loss": kind, "mmts_clusters": "table.parquet", **flags}
+    return Runtime(resolve(given, kind, PRESETS), table, np.array([3.0, 30.0, 90.0]), 100, torch.device("cpu"))
+
+
+def test_thirds_are_told_by_the_shift():
+    run = runtime()
+    assert run.third(run.shift(torch.tensor([2, 1, 0, 0]))).tolist() == [0, 1, 2, 2]
+    alone = runtime(mmts_no_shifts=True)
+    assert alone.third(alone.shift(torch.tensor([0, 1]))).tolist() == [1, 1]
+
+
+def test_meter_reads_what_was_seen_and_starts_anew():
+    run, meter = runtime(), Meter()
+    run.step = 30
+    shift = run.shift(torch.tensor([2, 1, 0, 3]))
+    meter.update(shift[:2], torch.tensor([False, False]))
+    meter.update(shift[2:], torch.tensor([False, True]))
+    assert meter.misses() == 1
+    values = meter.read(run)
+    assert values["hit_rate"] == 0.75
+    for name, expected in (("mean", shift.mean()), ("min", shift.min()), ("max", shift.max())):
+        assert values[f"tau_{name}"] == pytest.approx(run.base + expected.item())
+    assert values["scale_mean"] == pytest.approx(1 / values["tau_mean"])
+    assert values["tau_head"] > values["tau_mid"] > values["tau_tail"]
+    meter.update(shift[:1], torch.tensor([False]))
+    assert meter.read(run)["hit_rate"] == 1
+
+
+def test_reports_go_to_the_log_and_the_file(tmp_path):
+    run, seen = runtime(mmts_diagnostics_every=10), []
+    live = Live(run, lambda values, step: seen.append((step, values)), tmp_path / "mmts.jsonl")
+    images, texts = features(9)
+    for step in (0, 5, 10, 10, 11):
+        run.step = step
+        live.watch(images, texts, run.shift(torch.arange(9) // 3) + run.base)
+    assert [step for step, _ in seen] == [0, 10]
+    lines = [json.loads(line) for line in (tmp_path / "mmts.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["total_steps"]) for line in lines] == [(0, 100), (10, 100)]
+    assert lines[0]["loss_head"] == pytest.approx(seen[0][1]["loss_head"], abs=1e-7)
+    live.report({"tau_base": 0.5, "loss_mid": math.nan})
+    assert json.loads((tmp_path / "mmts.jsonl").read_text().splitlines()[-1]) == {
+        "step": 11,
+        "total_steps": 100,
+        "tau_base": 0.5,
+    }
+
+
+def test_other_ranks_are_quiet_and_zero_measures_nothing(tmp_path):
+    run = runtime()
+    Live(run, None, tmp_path / "other.jsonl", rank=1).report({"tau_base": 0.1})
+    off = runtime(mmts_diagnostics_every=0)
+    Live(off, None, tmp_path / "off.jsonl").watch(*features(9), torch.full((9,), 0.1))
+    assert not list(tmp_path.iterdir())
