@@ -446,6 +446,7 @@ def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (
     config = Config(INFONCE, clusters=str(made), **values)
     found = ClusterTable.load(made)
     plan = Plan(vars(config), 100, found)
+    tail, middle, head = (plan.shifts.get(name, 0.075) for name in ("tail", "middle", "head"))
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     write_record(checkpoints / "mmts.yaml", record(config, 100, found.content_hash, "open_clip_torch", "3.3.0"))
@@ -453,8 +454,8 @@ def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (
     for step in range(0, 100, 10):
         base = plan.schedule.offset(step)
         line = {"step": step, "total_steps": 100, "epoch": step / 50, "loss": 4 - step / 50, "tau_base": base + off,
-                "tau_head": base + plan.shifts["head"], "tau_mid": base + plan.shifts["middle"],
-                "tau_tail": base + plan.shifts["tail"], "hit_rate": 1.0, "loss_head": 4.0, "loss_tail": 3.0,
+                "tau_head": base + head, "tau_mid": base + middle,
+                "tau_tail": base + tail, "hit_rate": 1.0, "loss_head": 4.0, "loss_tail": 3.0,
                 "alignment": 1 - step / 100}  # fmt: skip
         lines.append(json.dumps({name: value for name, value in line.items() if name not in skip}))
     (checkpoints / "mmts.jsonl").write_text("\n".join(lines) + "\n")
@@ -599,6 +600,16 @@ def test_report_sees_a_schedule_that_was_not_followed(made: Path, tmp_path: Path
     folder = make_run(tmp_path / "one", made, off=0.004)
     assert report(folder, "-o", tmp_path / "out") == 0
     assert "NOT the configured cosine: at step" in text_of(tmp_path / "out")
+
+
+def test_model_cards_tell_ablations_apart(made: Path, tmp_path: Path) -> None:
+    told = {
+        "both": ({}, "was the sum of a cosine over the run and a shift"),
+        "ics": ({"no_schedule": True}, "(shifts alone)"),
+        "ts": ({"no_shifts": True}, "(schedule alone)"),
+    }
+    for name, (changes, expected) in told.items():
+        assert expected in run.model_card(logs.read_run(make_run(tmp_path / name, made, **changes)))
 
 
 def test_report_without_the_runs_table(made: Path, tmp_path: Path) -> None:
