@@ -266,7 +266,7 @@ def text_of(folder: Path) -> str:
 
 
 def test_report_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = long_tail(tmp_path / "t.parquet")
+    made = long_tail(tmp_path / "t.parquet", source="train.tsv")
     out = tmp_path / "out"
     assert report(tmp_path / "t.parquet", "-o", out) == 0
     assert f"Written to {out / 'report.html'}" in capsys.readouterr().out
@@ -275,7 +275,7 @@ def test_report_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     text = text_of(out)
     assert "most common, rarest 32 and 18 samples" in text
     assert "Not measured." in text
-    assert "mmts stability t.parquet" in text
+    assert "mmts stability train.tsv --runs 20" in text
     assert "64 of 200 samples (32.0%) repeat an earlier caption" in text
     assert "#1: nouna" in text
     assert "#8: nounh" in text
@@ -292,11 +292,14 @@ def test_report_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_report_shows_the_stability_that_was_measured(tmp_path: Path) -> None:
-    long_tail(tmp_path / "t.parquet", stability={"verdict": "steady <enough>", "runs": 3, "ari": 0.53251})
+    long_tail(
+        tmp_path / "t.parquet", stability={"verdict": "steady <enough>", "runs": 3, "ari": 0.53251, "halves": None}
+    )
     assert report(tmp_path / "t.parquet", "-o", tmp_path / "out") == 0
     text = text_of(tmp_path / "out")
     assert "steady <enough>" in text
     assert "ari 0.5325" in text
+    assert "halves" not in text
     assert "Not measured." not in text
 
 
@@ -319,6 +322,15 @@ def test_report_draws_a_map_of_given_embeddings(tmp_path: Path) -> None:
     np.fill_diagonal(distance, np.inf)
     place = made.cluster[found.rows]
     assert (place[distance.argmin(1)] == place).mean() > 0.8
+
+
+def test_report_embeds_a_sample_itself(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    long_tail(tmp_path / "t.parquet")
+    asked = [tmp_path / "t.parquet", "-o", tmp_path / "out", "--encoder", "tfidf", "--sample", 40]
+    assert report(*asked) == 0
+    assert "t-SNE of 40 captions" in text_of(tmp_path / "out")
+    assert (tmp_path / "out" / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_telling_words_are_those_of_the_cluster_and_not_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +446,7 @@ def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (
     config = Config(INFONCE, clusters=str(made), **values)
     found = ClusterTable.load(made)
     plan = Plan(vars(config), 100, found)
+    tail, middle, head = (plan.shifts.get(name, 0.075) for name in ("tail", "middle", "head"))
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     write_record(checkpoints / "mmts.yaml", record(config, 100, found.content_hash, "open_clip_torch", "3.3.0"))
@@ -441,8 +454,8 @@ def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (
     for step in range(0, 100, 10):
         base = plan.schedule.offset(step)
         line = {"step": step, "total_steps": 100, "epoch": step / 50, "loss": 4 - step / 50, "tau_base": base + off,
-                "tau_head": base + plan.shifts["head"], "tau_mid": base + plan.shifts["middle"],
-                "tau_tail": base + plan.shifts["tail"], "hit_rate": 1.0, "loss_head": 4.0, "loss_tail": 3.0,
+                "tau_head": base + head, "tau_mid": base + middle,
+                "tau_tail": base + tail, "hit_rate": 1.0, "loss_head": 4.0, "loss_tail": 3.0,
                 "alignment": 1 - step / 100}  # fmt: skip
         lines.append(json.dumps({name: value for name, value in line.items() if name not in skip}))
     (checkpoints / "mmts.jsonl").write_text("\n".join(lines) + "\n")
@@ -587,6 +600,16 @@ def test_report_sees_a_schedule_that_was_not_followed(made: Path, tmp_path: Path
     folder = make_run(tmp_path / "one", made, off=0.004)
     assert report(folder, "-o", tmp_path / "out") == 0
     assert "NOT the configured cosine: at step" in text_of(tmp_path / "out")
+
+
+def test_model_cards_tell_ablations_apart(made: Path, tmp_path: Path) -> None:
+    told = {
+        "both": ({}, "was the sum of a cosine over the run and a shift"),
+        "ics": ({"no_schedule": True}, "(shifts alone)"),
+        "ts": ({"no_shifts": True}, "(schedule alone)"),
+    }
+    for name, (changes, expected) in told.items():
+        assert expected in run.model_card(logs.read_run(make_run(tmp_path / name, made, **changes)))
 
 
 def test_report_without_the_runs_table(made: Path, tmp_path: Path) -> None:

@@ -320,15 +320,22 @@ def shown_score(name: str, score: Optional[Score]) -> str:
     """``41.2 [39.0, 43.3]`` in per cent where the metric is a share; a dash where there is none."""
     if score is None:
         return "–"
-    if not is_share(name):
-        return f"{score.value:.4g}" + (f" [{score.low:.4g}, {score.high:.4g}]" if score.low is not None else "")
-    interval = f" [{100 * score.low:.1f}, {100 * score.high:.1f}]" if score.low is not None and score.high is not None \
-        else ""  # fmt: skip
-    return f"{100 * score.value:.1f}{interval}"
+    scale, form = (100, ".1f") if is_share(name) else (1, ".4g")
+    text = format(scale * score.value, form)
+    if score.low is None or score.high is None:
+        return text
+    return f"{text} [{format(scale * score.low, form)}, {format(scale * score.high, form)}]"
 
 
 def _names(runs: Sequence[TrainingLog]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.metrics))
+
+
+def _difference(name: str, one: Optional[Score], other: Optional[Score]) -> str:
+    if one is None or other is None:
+        return "–"
+    gain = other.value - one.value
+    return f"{100 * gain:+.1f}" if is_share(name) else f"{gain:+.4g}"
 
 
 def _metrics(page: Page, runs: Sequence[TrainingLog]) -> None:
@@ -341,13 +348,9 @@ def _metrics(page: Page, runs: Sequence[TrainingLog]) -> None:
         scores = [run.metrics[name].score if name in run.metrics else None for run in runs]
         cells = [shown_score(name, score) for score in scores]
         if len(runs) == 2:
-            one, other = scores
-            known = one is not None and other is not None
-            difference = (other.value - one.value) * (100 if is_share(name) else 1) if one and other else 0.0
-            cells.append((f"{difference:+.1f}" if is_share(name) else f"{difference:+.4g}") if known else "–")
+            cells.append(_difference(name, *scores))
         rows.append([name.replace("_", " "), *cells])
     page.table(["metric", *(run.name for run in runs), *(["difference"] if len(runs) == 2 else [])], rows)
-    sources = sorted({metric.source for run in runs for metric in run.metrics.values()})
     metrics = [metric for run in runs for metric in run.metrics.values()]
     intervals = (
         "brackets are 95% bootstrap intervals of one evaluation, which do not cover another training seed"
@@ -439,8 +442,7 @@ def model_card(run: TrainingLog) -> str:
         "## Training with MM-TS",
         "",
         f"Trained with [MM-TS](https://arxiv.org/abs/2603.08202) in {run.host} by mmts-plugins "
-        f"{record.get('mmts_plugins', '')}: every training sample had its own {what}, the sum of a cosine over the run "
-        "and a shift that grows with the frequency of its concept.",
+        f"{record.get('mmts_plugins', '')}: {_method(record, what)}.",
         "",
         "| setting | value |",
         "| --- | --- |",
@@ -460,6 +462,17 @@ def model_card(run: TrainingLog) -> str:
         note = "Recalls, precisions and accuracies in per cent, 95% bootstrap intervals in brackets."
         lines += ["", note + (" Head, middle and tail: thirds of the training samples by frequency." if thirds else "")]
     return "\n".join([*lines, "", "```bibtex", CITATION, "```", ""])
+
+
+def _method(record: dict[str, Any], what: str) -> str:
+    """The method as the run used it, ablations too."""
+    shift = "a shift that grows with the frequency of its concept"
+    if record.get("no_shifts"):
+        return f"the {what} of all training samples " + ("was constant" if record.get("no_schedule") else
+                                                         "moved on a cosine over the run (schedule alone)")  # fmt: skip
+    if record.get("no_schedule"):
+        return f"the {what} of every training sample was {shift} (shifts alone)"
+    return f"the {what} of every training sample was the sum of a cosine over the run and {shift}"
 
 
 def _cell(text: str) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 
 from .._files import replacing
 from ..adapters.avion import count_classes, load_classes
-from ..clustering.encoders import encode
 from ..clustering.sources import check_finite, read_embeddings
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import DISTRIBUTIONS
@@ -241,13 +240,14 @@ def _stability(page: Page, each: Shown, several: bool) -> None:
     if not isinstance(measured, dict):
         page.note(
             "Not measured. Another seed of K-Means may give a caption quite another frequency, above all on small "
-            f"sets. Measure it with: mmts stability {each.name}"
+            f"sets. Measure it with: mmts stability {each.table.info.get('source') or 'CAPTIONS'} --runs 20"
         )
         return
     verdict = measured.get("verdict")
     if verdict is not None:
         page.note(str(verdict))
-    rows = [[name.replace("_", " "), _plain(value)] for name, value in measured.items() if name != "verdict"]
+    rows = [[name.replace("_", " "), _plain(value)] for name, value in measured.items()
+            if name != "verdict" and value is not None]  # fmt: skip
     if rows:
         page.table([], rows, words=True)
 
@@ -457,6 +457,8 @@ def _project(each: Shown, options: Options) -> Union[Points, str]:
         chosen = np.asarray(points[rows], np.float32)
     else:
         assert options.encoder is not None
+        from ..clustering.encoders import encode
+
         chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), seed=options.seed)
     check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}")
     return Points(rows, (_umap if options.projection == "umap" else _tsne)(chosen, options.seed))
