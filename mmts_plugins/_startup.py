@@ -17,7 +17,13 @@ _started = False
 
 
 def _names_host(arguments: list[str]) -> bool:
-    return any(word in argument for argument in arguments for word in _HOST_WORDS)
+    return any(word in argument for argument in arguments for word in _HOST_WORDS) or any(map(_is_vast, arguments))
+
+
+def _is_vast(argument: str) -> bool:
+    """The name of VAST's script, ``run.py``, says nothing by itself."""
+    beside = os.path.join(os.path.dirname(argument), "model", "general_module.py")
+    return argument.endswith("run.py") and os.path.exists(beside)
 
 
 def asks_for_us(arguments: list[str]) -> bool:
@@ -61,7 +67,9 @@ def _refuse(reason: str) -> None:
     def refuse(module: object) -> None:
         if hasattr(module, "MMTSMaxMarginRankingLoss"):
             return  # the MM-TS authors' fork of AVION: flags of our names are its own
+        if "utils" in getattr(module, "__name__", "") and not hasattr(module, "parse_with_config"):
+            return  # a package called utils, and not VAST's
         raise SystemExit(f"mmts: error: {reason}")
 
-    for module in ("open_clip_train.params", "training.params", "avion.losses.losses"):
+    for module in ("open_clip_train.params", "training.params", "avion.losses.losses", "utils.args", "vast_utils.args"):
         _hooks.after_import(module, refuse)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 LOSSES = ("mmts", INFONCE, MAX_MARGIN)
 MISSING = ("error", "tail", "mean")
 DISTRIBUTIONS = ("noun", "verb", "verb_noun")
+KEYS = ("caption", "id")
+ITM_TEMPERATURES = ("mmts", "host")
 FILE_NAME = "mmts.yaml"
 DEFAULT_OSCILLATIONS = 5.0
 _SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
@@ -46,6 +48,8 @@ class Config:
     no_shifts: bool = False
     missing: str = "tail"
     distribution: Optional[str] = None
+    key: Optional[str] = None
+    itm_temperature: Optional[str] = None
 
     def __post_init__(self) -> None:
         for name in ("alpha", "shift_min", "shift_max", "num_oscillations", "period"):
@@ -177,6 +181,18 @@ def flag_parser() -> argparse.ArgumentParser:
         help="what a caption absent from the table gets: the tail's shift (default), the mean shift, or an error",
     )
     group.add_argument(
+        "--mmts-key",
+        choices=KEYS,
+        help="VAST: what the keys of --mmts-clusters are, captions (default) or clip ids (for classes or visual "
+        "features of each clip)",
+    )
+    group.add_argument(
+        "--mmts-itm-temperature",
+        choices=ITM_TEMPERATURES,
+        help="VAST: the temperature that draws hard negatives for the matching head: each row's own (default with "
+        "InfoNCE), or the host's",
+    )
+    group.add_argument(
         "--mmts-allow-config-change",
         action="store_true",
         help="on resume, go on although mmts.yaml beside the checkpoint differs",
@@ -239,6 +255,9 @@ def resolve(
     preset = values.setdefault("preset", None)
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"unknown --mmts-preset {preset!r}; choose from {', '.join(PRESETS)}")
+    for name in ("key", "itm_temperature"):
+        if values.get(name) is not None and name not in (defaults or {}):
+            raise ConfigError(f"{_flag(name)} is for VAST and means nothing in this host; leave it out")
     base = PRESETS[preset or default_presets[loss]]
     if preset is None and not {"alpha", "shift_min", "shift_max"} & set(values):
         values["preset"] = default_presets[loss]
@@ -254,6 +273,12 @@ def resolve(
     return config
 
 
+_CHOICES = {
+    "missing": MISSING,
+    "distribution": DISTRIBUTIONS,
+    "key": KEYS,
+    "itm_temperature": ITM_TEMPERATURES,
+}
 _NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period"}
 _FLAGS = {"no_schedule", "no_shifts"}
 
@@ -275,10 +300,8 @@ def load_file(path: PathLike) -> dict[str, Any]:
                 or (name not in _NUMBERS | _FLAGS and not isinstance(value, str))
             ):
                 raise ConfigError(f"{path}: field {name!r} has the wrong type: {value!r}")
-            if name == "missing" and value not in MISSING:
-                raise ConfigError(f"{path}: field 'missing' is {value!r}; choose from {', '.join(MISSING)}")
-            if name == "distribution" and value is not None and value not in DISTRIBUTIONS:
-                raise ConfigError(f"{path}: field 'distribution' is {value!r}; choose from {', '.join(DISTRIBUTIONS)}")
+            if name in _CHOICES and value not in _CHOICES[name] and (value is not None or name == "missing"):
+                raise ConfigError(f"{path}: field {name!r} is {value!r}; choose from {', '.join(_CHOICES[name])}")
             values[name] = value
         elif name not in RECORDED:
             close = difflib.get_close_matches(name, sorted(names), n=1)
