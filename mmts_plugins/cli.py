@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Optional
@@ -79,5 +80,7 @@ def _launch(arguments: list[str], local_rank: list[str]) -> int:
     if as_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
         runpy.run_path(target, run_name="__main__")
     return 0
