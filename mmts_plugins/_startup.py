@@ -17,7 +17,7 @@ _started = False
 
 
 def _names_host(arguments: list[str]) -> bool:
-    return any(word in argument for argument in arguments for word in _HOST_WORDS) or any(map(_is_vast, arguments))
+    return any(word in argument for argument in arguments for word in _HOST_WORDS)
 
 
 def _is_vast(argument: str) -> bool:
@@ -32,9 +32,12 @@ def asks_for_us(arguments: list[str]) -> bool:
         name, has_value, value = argument.partition("=")
         if name.startswith("--mmts-"):
             return True
-        # Hosts abbreviate: --los is read as --loss-dist-impl just as --loss is.
-        if name in ("--loss", "--los") and (_names_host(arguments) or (value if has_value else following)[:2] == "mm"):
-            return True
+        # Hosts abbreviate: --los is read as --loss-dist-impl just as --loss is. In VAST --loss is --loss_type, so there
+        # only what looks like ours asks for us.
+        if name in ("--loss", "--los"):
+            start = (value if has_value else following)[:2]
+            if _names_host(arguments) or start == "mm" or (start == "mt" and any(map(_is_vast, arguments))):
+                return True
     return False
 
 
@@ -44,7 +47,9 @@ def start() -> None:
     switch = os.environ.get("MMTS")
     arguments = list(getattr(sys, "orig_argv", sys.argv))
     asked = asks_for_us(arguments)
-    wants_help = _names_host(arguments) and ("--help" in arguments or "-h" in arguments)
+    wants_help = (_names_host(arguments) or any(map(_is_vast, arguments))) and (
+        "--help" in arguments or "-h" in arguments
+    )
     if _started or not (asked or switch == "1" or (wants_help and switch != "0")):
         return
     _started = True
