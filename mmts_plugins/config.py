@@ -273,14 +273,9 @@ def resolve(
     return config
 
 
-_CHOICES = {
-    "missing": MISSING,
-    "distribution": DISTRIBUTIONS,
-    "key": KEYS,
-    "itm_temperature": ITM_TEMPERATURES,
-}
 _NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period"}
 _FLAGS = {"no_schedule", "no_shifts"}
+_CHOICES = {"missing": MISSING, "distribution": DISTRIBUTIONS, "key": KEYS, "itm_temperature": ITM_TEMPERATURES}
 
 
 def load_file(path: PathLike) -> dict[str, Any]:
@@ -300,7 +295,8 @@ def load_file(path: PathLike) -> dict[str, Any]:
                 or (name not in _NUMBERS | _FLAGS and not isinstance(value, str))
             ):
                 raise ConfigError(f"{path}: field {name!r} has the wrong type: {value!r}")
-            if name in _CHOICES and value not in _CHOICES[name] and (value is not None or name == "missing"):
+            optional = (None,) if name != "missing" else ()
+            if name in _CHOICES and value not in (*_CHOICES[name], *optional):
                 raise ConfigError(f"{path}: field {name!r} is {value!r}; choose from {', '.join(_CHOICES[name])}")
             values[name] = value
         elif name not in RECORDED:
