@@ -528,6 +528,56 @@ def test_doctor(tmp_path):
     assert "absent   put a checkout of https://github.com/ispamm/GRAM on PYTHONPATH" in done.stdout
 
 
+# -- the examples ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The files whose presence the examples check."""
+    root = tmp_path / "VAST"
+    for name in ("pretrained_weights", "datasets/srcdata/ssv2/videos", "output/vast/pretrain_vast/log", "config"):
+        (root / name).mkdir(parents=True)
+    (root / "run.py").touch()
+    (root / "output" / "vast" / "pretrain_vast" / "log" / "hps.json").write_text("{}")
+    return root
+
+
+def ssv2_annotations(checkout: Path) -> None:
+    labels = [
+        {"id": str(i), "label": f"pushing a cup {i}", "template": f"Pushing [something] {i % 3}"} for i in range(9)
+    ]
+    (checkout / "labels.json").write_text(json.dumps(labels))
+    (checkout / "split.csv").write_text("".join(f"{i},x\n" for i in (*range(8), 7)))
+    for split in ("train", "test"):
+        done = run_python(
+            *(REPOSITORY / "examples" / "vast_ssv2_lt" / "annotations.py", "--labels", checkout / "labels.json"),
+            *("--split", checkout / "split.csv", "-o", checkout / f"datasets/annotations/ssv2_lt/{split}.json"),
+        )
+        assert done.returncode == 0, done.stdout
+        assert "9 clips of 3 classes" in done.stdout
+
+
+def test_example_dry_run(checkout):
+    if run_python("-m", "mmts_plugins", "schedule", "--help").returncode:
+        pytest.skip("mmts schedule is not there yet")
+    ssv2_annotations(checkout)
+    script = REPOSITORY / "examples" / "vast_ssv2_lt" / "run.py"
+    flags = ("--vast-root", checkout, "--output", checkout / "out", "--vast", "--train_batch_size 2", "--dry-run")
+    done = run_python(script, *flags)
+    assert done.returncode == 0, done.stdout
+    assert "40 optimizer steps" in done.stdout  # 9 // 2 batches, 10 epochs
+    assert done.stdout.count("torch.distributed.launch") == 8
+    assert not (checkout / "out").exists()
+
+
+def test_examples_name_the_path_that_is_missing(checkout):
+    script = REPOSITORY / "examples" / "vast_ssv2_lt" / "run.py"
+    done = run_python(script, "--vast-root", checkout, "--dry-run")
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: ")
+    assert "annotations/ssv2_lt/train.json: no such file or folder ('txt' of ssv2_lt_ret, train)" in done.stdout
+
+
 # -- the real VAST -----------------------------------------------------------------------------------------------------
 
 HARNESS = Path(os.environ.get("MMTS_HOSTS", REPOSITORY.parent / "shared" / "hosts")) / "vast" / "run.sh"
