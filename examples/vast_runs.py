@@ -149,7 +149,7 @@ def recalls(log: str) -> str:
     for line in log.splitlines():
         found = _RECALL.search(line)
         name = found["name"] if found else name
-        for way, label in (("forward", "text to video"), ("backward", "video to text"), ("video", "text to video")):
+        for way, label in (("video", "text to video"), ("txt", "video to text")):
             value = re.search(rf"'{way}_recall': '([\d./]+)'", line)
             if value and name:
                 refined = "with" if "_itm_" in name else "without"

@@ -570,6 +570,23 @@ def test_example_dry_run(checkout):
     assert not (checkout / "out").exists()
 
 
+def test_recalls_of_vasts_log():
+    spec = importlib.util.spec_from_file_location("vast_runs", REPOSITORY / "examples" / "vast_runs.py")
+    runs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runs)
+    log = (
+        "11/22 - INFO - ==== evaluation--ret%tv--set_ret_itc_tv========\n\n"
+        "11/22 - INFO - {'video_r1': 1.5, 'video_recall': '1.5/6/10', 'txt_r1': 2.5, 'txt_recall': '2.5/7/11'}\n"
+        "11/22 - INFO - ==== evaluation--ret%tv--set_ret_itm_tv========\n\n"
+        "11/22 - INFO - {'video_r1': 3.5, 'video_recall': '3.5/8/12'}\n"
+    )
+    assert runs.recalls(log).splitlines() == [
+        "text to video, without refinement: R@1/5/10 1.5/6/10",
+        "video to text, without refinement: R@1/5/10 2.5/7/11",
+        "text to video, with refinement: R@1/5/10 3.5/8/12",
+    ]
+
+
 def test_examples_name_the_path_that_is_missing(checkout):
     script = REPOSITORY / "examples" / "vast_ssv2_lt" / "run.py"
     done = run_python(script, "--vast-root", checkout, "--dry-run")

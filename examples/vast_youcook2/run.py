@@ -28,12 +28,14 @@ ROWS = {
 def main() -> int:
     flags = parser(__doc__, list(ROWS), "youcook2_runs")
     flags.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="for the captions")
+    flags.add_argument("-k", type=int, default=200, help="number of clusters")
     flags.add_argument("--embeddings", help=".npy of visual features, a row per annotation (the paper's Table 6)")
     flags.add_argument("--config", type=Path, default=Path("config/vast/finetune_cfg/retrieval-youcook.json"))
     args = flags.parse_args()
     table, keys = ["--encoder", args.encoder], []
     if args.embeddings:
         table, keys = ["--column", "video_id", "--embeddings", args.embeddings], ["--mmts-key", "id"]
+    table += ["-k", str(args.k)]
     training = ("--learning_rate", "3e-5", "--checkpointing", "true", "--first_eval", "false")
     return run(Example(args.config, ROWS, table, keys, training), args)
 

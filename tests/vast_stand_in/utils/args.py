@@ -27,7 +27,7 @@ def get_args():
     parser.add_argument("--local-rank", type=int, default=-1)
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--output_dir", default="output/")
-    parser.add_argument("--learning_rate", type=float, default=0.01)
+    parser.add_argument("--learning_rate", type=float, default=0.003)
     parser.add_argument("--train_txt", nargs="+")
     parser.add_argument("--train_task", nargs="+", default=["ret%tvas"])
     parser.add_argument("--train_batch_size", type=int, default=6)

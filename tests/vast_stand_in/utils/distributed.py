@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 @torch.no_grad()
 def concat_all_gather(tensor):
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    own = tensor.float().contiguous()  # older gloo knows no bfloat16
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts).to(tensor.dtype)
