@@ -140,7 +140,7 @@ class Host:
         for name, advice in self.needs.items():
             try:
                 importlib.import_module(name)
-            except ImportError as error:
+            except Exception as error:  # code for another version of a library fails in many ways
                 return f"{name} cannot be imported: {error}. {advice}"
         return None
 
