@@ -35,7 +35,7 @@ PRETRAINING_FAMILY = INFONCE
 DEFAULT_PRESETS = {INFONCE: "avion-clip", MAX_MARGIN: "avion-max-margin"}
 # Every sample's class is known before the first step, so an unknown one can stop the run there.
 DEFAULTS = {"distribution": "noun", "missing": "error", "cluster_of": "segment"}
-PRETRAINING_DEFAULTS = {"cluster_of": "caption"}
+PRETRAINING_DEFAULTS = {"cluster_of": "caption", "distribution": None}
 
 _PAD = 0  # AVION's tokenizer fills up with zeros
 _PROBED = 10_000  # captions of a data set that are looked up before training

@@ -124,10 +124,6 @@ class Run:
     def __init__(self, flags: dict[str, Any], args: Any) -> None:
         self.config: Config = resolve(flags, FAMILY, DEFAULT_PRESETS)
         self.allow_change = bool(flags.get("mmts_allow_config_change"))
-        if self.config.distribution is not None or self.config.cluster_of is not None:
-            raise ConfigError(
-                "--mmts-distribution and --mmts-cluster-of are about AVION's classes; OpenCLIP takes --mmts-clusters"
-            )
         _refuse_unsupported(args)
         self.table: Optional[ClusterTable] = None
         if self.config.clusters is not None:

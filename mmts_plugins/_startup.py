@@ -20,15 +20,24 @@ def _names_host(arguments: list[str]) -> bool:
     return any(word in argument for argument in arguments for word in _HOST_WORDS)
 
 
+def _is_vast(argument: str) -> bool:
+    """The name of VAST's script, ``run.py``, says nothing by itself."""
+    beside = os.path.join(os.path.dirname(argument), "model", "general_module.py")
+    return argument.endswith("run.py") and os.path.exists(beside)
+
+
 def asks_for_us(arguments: list[str]) -> bool:
     """Whether a command line carries one of our flags, or a misspelling that a host would swallow."""
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         name, has_value, value = argument.partition("=")
         if name.startswith("--mmts-"):
             return True
-        # Hosts abbreviate: --los is read as --loss-dist-impl just as --loss is.
-        if name in ("--loss", "--los") and (_names_host(arguments) or (value if has_value else following)[:2] == "mm"):
-            return True
+        # Hosts abbreviate: --los is read as --loss-dist-impl just as --loss is. In VAST --loss is --loss_type, so there
+        # only what looks like ours asks for us.
+        if name in ("--loss", "--los"):
+            start = (value if has_value else following)[:2]
+            if _names_host(arguments) or start == "mm" or (start == "mt" and any(map(_is_vast, arguments))):
+                return True
     return False
 
 
@@ -38,7 +47,9 @@ def start() -> None:
     switch = os.environ.get("MMTS")
     arguments = list(getattr(sys, "orig_argv", sys.argv))
     asked = asks_for_us(arguments)
-    wants_help = _names_host(arguments) and ("--help" in arguments or "-h" in arguments)
+    wants_help = (_names_host(arguments) or any(map(_is_vast, arguments))) and (
+        "--help" in arguments or "-h" in arguments
+    )
     if _started or not (asked or switch == "1" or (wants_help and switch != "0")):
         return
     _started = True
@@ -61,7 +72,9 @@ def _refuse(reason: str) -> None:
     def refuse(module: object) -> None:
         if hasattr(module, "MMTSMaxMarginRankingLoss"):
             return  # the MM-TS authors' fork of AVION: flags of our names are its own
+        if "utils" in getattr(module, "__name__", "") and not hasattr(module, "parse_with_config"):
+            return  # a package called utils, and not VAST's
         raise SystemExit(f"mmts: error: {reason}")
 
-    for module in ("open_clip_train.params", "training.params", "avion.losses.losses"):
+    for module in ("open_clip_train.params", "training.params", "avion.losses.losses", "utils.args", "vast_utils.args"):
         _hooks.after_import(module, refuse)

@@ -19,8 +19,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # captions hold what a terminal's encoding may not
     try:
+        # torch.distributed.launch gives a script its rank before everything else.
+        local_rank = [word for word in arguments[:1] if word.startswith(("--local-rank=", "--local_rank="))]
+        arguments = arguments[len(local_rank) :]
         if arguments[:1] == ["run"] and arguments[1:2] not in ([], ["-h"], ["--help"]):
-            return _launch(arguments[1:])  # what follows belongs to the host, flags and all
+            return _launch(arguments[1:], local_rank)  # what follows belongs to the host, flags and all
         parsed = _parser().parse_args(arguments)
         return parsed.run(parsed) or 0
     except MMTSError as error:
@@ -60,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _launch(arguments: list[str]) -> int:
-    """Arm the hosts and become the target, as ``python -m`` or ``python SCRIPT`` would."""
+def _launch(arguments: list[str], local_rank: list[str]) -> int:
+    """Arm the hosts and become the target, as ``python -m`` or ``python SCRIPT`` would; it is given its rank first."""
     import runpy
 
     from . import registry
@@ -72,13 +75,14 @@ def _launch(arguments: list[str]) -> int:
     if as_module and len(arguments) < 2:
         raise ConfigError("mmts run -m: which module? For example: mmts run -m open_clip_train.main --loss mmts ...")
     target, rest = (arguments[1], arguments[2:]) if as_module else (arguments[0], arguments[1:])
-    if asks_for_us(rest):
-        known = [name for host in registry.hosts() for name in host.start_modules]
-        if (target if as_module else os.path.basename(target)) not in known:
-            raise ConfigError(f"no adapter for {target!r}, so --loss mmts would do nothing; known: {', '.join(known)}")
-    sys.argv = [target, *rest]
+    if asks_for_us(rest) and not any(host.starts(target, as_module) for host in registry.hosts()):
+        known = dict.fromkeys(name for host in registry.hosts() for name in host.start_modules)
+        raise ConfigError(f"no adapter for {target!r}, so --loss mmts would do nothing; known: {', '.join(known)}")
+    sys.argv = [target, *local_rank, *rest]
     if as_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
         runpy.run_path(target, run_name="__main__")
     return 0

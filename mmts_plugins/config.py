@@ -23,6 +23,8 @@ LOSSES = ("mmts", INFONCE, MAX_MARGIN)
 MISSING = ("error", "tail", "mean")
 DISTRIBUTIONS = ("noun", "verb", "verb_noun")
 CLUSTER_OF = ("segment", "caption")
+KEYS = ("caption", "id")
+ITM_TEMPERATURES = ("mmts", "host")
 FILE_NAME = "mmts.yaml"
 DEFAULT_OSCILLATIONS = 5.0
 SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
@@ -48,6 +50,8 @@ class Config:
     missing: str = "tail"
     distribution: Optional[str] = None
     cluster_of: Optional[str] = None
+    key: Optional[str] = None
+    itm_temperature: Optional[str] = None
     diagnostics_every: int = 100
 
     def __post_init__(self) -> None:
@@ -194,6 +198,18 @@ def flag_parser() -> argparse.ArgumentParser:
         "gap (default: 100; 0: never)",
     )
     group.add_argument(
+        "--mmts-key",
+        choices=KEYS,
+        help="VAST: what the keys of --mmts-clusters are, captions (default) or clip ids (for classes or visual "
+        "features of each clip)",
+    )
+    group.add_argument(
+        "--mmts-itm-temperature",
+        choices=ITM_TEMPERATURES,
+        help="VAST: the temperature that draws hard negatives for the matching head: each row's own (default with "
+        "InfoNCE), or the host's",
+    )
+    group.add_argument(
         "--mmts-allow-config-change",
         action="store_true",
         help="on resume, go on although mmts.yaml beside the checkpoint differs",
@@ -232,7 +248,8 @@ def resolve(
         flags: from :func:`split_flags`.
         family: what ``--loss mmts`` means in this host, ``mmts-infonce`` or ``mmts-max-margin``.
         default_presets: for each of the two losses, the preset of a run that names none.
-        defaults: of other fields, where this host's differ from :class:`Config`'s.
+        defaults: of other fields, where this host's differ from :class:`Config`'s. A field that only some hosts know
+            must be among them.
 
     Raises:
         ConfigError: naming the flag or the field of the file.
@@ -270,6 +287,9 @@ def merge(
     preset = values.setdefault("preset", None)
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"unknown --mmts-preset {preset!r}; choose from {', '.join(PRESETS)}")
+    for name in ("key", "itm_temperature"):
+        if values.get(name) is not None and name not in (defaults or {}):
+            raise ConfigError(f"{_flag(name)} is for VAST and means nothing in this host; leave it out")
     base = PRESETS[preset or default_presets[loss]]
     if preset is None and not {"alpha", "shift_min", "shift_max"} & set(values):
         values["preset"] = default_presets[loss]
@@ -277,15 +297,25 @@ def merge(
         values.setdefault(name, getattr(base, name))
     if values.get("period") is not None:
         values["num_oscillations"] = None
+    for name, host in _ONE_HOSTS.items():
+        if values.get(name) is not None and name not in (defaults or {}):
+            raise ConfigError(f"{_flag(name)} is for {host}, and means nothing here; leave it out")
     for name, default in (defaults or {}).items():
         if values.get(name) is None:
             values[name] = default
     return values
 
 
+_ONE_HOSTS = {"distribution": "AVION", "cluster_of": "AVION", "key": "VAST", "itm_temperature": "VAST"}
 _NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period", "diagnostics_every"}
 _FLAGS = {"no_schedule", "no_shifts"}
-_CHOICES = {"missing": MISSING, "distribution": DISTRIBUTIONS, "cluster_of": CLUSTER_OF}
+_CHOICES = {
+    "missing": MISSING,
+    "distribution": DISTRIBUTIONS,
+    "cluster_of": CLUSTER_OF,
+    "key": KEYS,
+    "itm_temperature": ITM_TEMPERATURES,
+}
 
 
 def load_file(path: PathLike) -> dict[str, Any]:

@@ -77,6 +77,10 @@ def _hosts() -> int:
             continue
         for seam in host.seams:
             problems += _seam(host, seam)
+        unmet = host.unmet()
+        if unmet is not None or host.needs:
+            _line("PROBLEM" if unmet else "ok", unmet or f"{', '.join(host.needs)}: can be imported")
+        problems += int(unmet is not None)
     if not found:
         _line("PROBLEM", "no host is installed in this environment")
         problems += 1

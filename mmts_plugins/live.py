@@ -78,7 +78,7 @@ def batch_statistics(
             equilibria.append(own_logit[:, 0] - torch.logsumexp(torch.cat(logits, 1), 1))
         else:
             threshold = (positive[rows] - tau[rows])[:, None]
-            hinges = sum((block - threshold).relu().sum(1) for block in negatives)
+            hinges = torch.stack([(block - threshold).relu().sum(1) for block in negatives]).sum(0)
             losses.append(hinges / max(1, 2 * (total - 1)))
     per_anchor = torch.cat(losses)
     found = {f"loss_{name}": per_anchor[third == number].mean() for number, name in enumerate(THIRDS)}

@@ -179,8 +179,6 @@ def resolve_for(
     defaults = getattr(adapter, "DEFAULTS", {})
     config = Config(**merge(flags, adapter.FAMILY, adapter.DEFAULT_PRESETS, defaults))
     counts_classes = "distribution" in defaults
-    if not counts_classes and config.distribution is not None:
-        raise ConfigError(f"--mmts-distribution counts AVION's classes; {host} takes --mmts-clusters")
     if not counts_classes and train_metadata is not None:
         raise ConfigError(f"--train-metadata is for AVION's classes; {host} takes --mmts-clusters")
     if config.no_shifts:

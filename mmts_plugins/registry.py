@@ -1,13 +1,14 @@
 """The hosts that can be patched. Third parties add theirs through the entry-point group ``mmts_plugins.hosts``.
 
-An entry point names a module with a function ``mmts_host() -> Host`` marked :data:`hookimpl`; the built-in hosts use
-the same door.
+An entry point names a module with a function ``mmts_host()`` marked :data:`hookimpl`, which returns a ``Host``, or
+several that share their code; the built-in hosts use the same door.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Union
 
 import pluggy
 
@@ -24,8 +25,8 @@ class HostSpec:
     """What an entry point of the group ``mmts_plugins.hosts`` implements."""
 
     @hookspec
-    def mmts_host(self) -> Host:  # type: ignore[empty-body]
-        """The host and its seams. Must not import the host."""
+    def mmts_host(self) -> Union[Host, Sequence[Host]]:  # type: ignore[empty-body]
+        """The host (or hosts) and its seams. Must not import the host."""
 
 
 _hosts: list[Host] = []
@@ -37,12 +38,13 @@ def hosts() -> list[Host]:
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(HostSpec)
         manager.load_setuptools_entrypoints(GROUP)
-        from .patches import avion, openclip
+        from .patches import avion, openclip, vast
 
-        for built_in in (openclip, avion):  # running from a checkout, without installed metadata
+        for built_in in (openclip, avion, vast):  # running from a checkout, without installed metadata
             if not manager.is_registered(built_in):
                 manager.register(built_in)
-        _hosts.extend(manager.hook.mmts_host())
+        for found in manager.hook.mmts_host():
+            _hosts.extend(found if isinstance(found, Sequence) else [found])
     return list(_hosts)
 
 

@@ -7,9 +7,11 @@ and the same object for whoever imported them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +38,7 @@ class Seam:
         parameters: names that must be among its parameters; what our wrapper relies on.
         wrapper: ``wrapper(original, *args, **kwargs)``, called instead of it.
         required: whether a host without this attribute is one we do not know. ``False`` where host versions differ.
+        uses: names of attributes that its body must read, where our wrapper relies on that.
     """
 
     module: str
@@ -43,6 +46,7 @@ class Seam:
     parameters: tuple[str, ...]
     wrapper: Wrapper
     required: bool = True
+    uses: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.module}.{self.attribute}"
@@ -75,6 +79,9 @@ class Host:
         start_modules: what ``python -m`` or a launcher is given to start this host: modules, or names of scripts.
         on_import: functions called right after a module of the host is imported, before its seams are looked at.
         checkout: for a host that is no package: where to get it. It counts as installed where it can be imported.
+        root_files: for a checkout whose modules have names that others use too (``utils``, ``model``): files at its
+            root that tell it from them. A module of one of our names elsewhere is foreign, and never touched.
+        needs: modules of the host that it imports only once it trains, each with what to do where that fails.
     """
 
     name: str
@@ -85,6 +92,8 @@ class Host:
     start_modules: tuple[str, ...]
     on_import: Mapping[str, Callable[[ModuleType], None]] = field(default_factory=dict)
     checkout: str = ""
+    root_files: tuple[str, ...] = ()
+    needs: Mapping[str, str] = field(default_factory=dict)
     _imports: list[str] = field(default_factory=list)
     _hooks: dict[Seam, Callable[[ModuleType], None]] = field(default_factory=dict)
     _replacements: dict[Seam, Any] = field(default_factory=dict)
@@ -94,6 +103,9 @@ class Host:
         imported = getattr(sys.modules.get(self.package), "__version__", None)
         if imported is not None:
             return str(imported)
+        if self.root_files:  # not by a search for the module: it would import a foreign parent package
+            root = next((folder for folder in sys.path if self._is_root(folder)), None)
+            return "not installed" if root is None else _commit(Path(root))
         if self.checkout:
             try:
                 found = importlib.util.find_spec(self.seams[0].module)
@@ -107,6 +119,35 @@ class Host:
         except metadata.PackageNotFoundError:
             return "not installed"
 
+    def owns(self, module: ModuleType) -> bool:
+        """Whether a module of one of our names is this host's, and not another package's."""
+        file = getattr(module, "__file__", None)
+        if not self.root_files or file is None:
+            return not self.root_files
+        root = os.path.abspath(file)
+        for _ in range(module.__name__.count(".") + 1):
+            root = os.path.dirname(root)
+        return self._is_root(root)
+
+    def _is_root(self, folder: str) -> bool:
+        return all(os.path.exists(os.path.join(folder, name)) for name in self.root_files)
+
+    def starts(self, target: str, as_module: bool) -> bool:
+        """Whether this host is what a launcher is given: a module, or the path of a script."""
+        if as_module:
+            return target in self.start_modules
+        folder, name = os.path.split(os.path.abspath(target))
+        return name in self.start_modules and (not self.root_files or self._is_root(folder))
+
+    def unmet(self) -> Optional[str]:
+        """Which of :attr:`needs` cannot be imported, why, and what to do; ``None`` where all can."""
+        for name, advice in self.needs.items():
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # code for another version of a library fails in many ways
+                return f"{name} cannot be imported: {error}. {advice}"
+        return None
+
     def install(self, module: Optional[str] = None) -> None:
         """Arm every seam, or those of one module. Idempotent; modules imported already are patched at once.
 
@@ -114,14 +155,19 @@ class Host:
             SeamError: a module is there and its seam is not what we know, or others hold the original already.
         """
         for name, action in self.on_import.items():
-            if name not in self._imports and module in (None, name):
+            if name not in self._imports and module in (None, name) and not self._is_taken(name):
                 _hooks.after_import(name, action)
                 self._imports.append(name)
         for seam in self.seams:
-            if seam not in self._hooks and module in (None, seam.module):
+            if seam not in self._hooks and module in (None, seam.module) and not self._is_taken(seam.module):
                 hook = self._hook(seam)
                 _hooks.after_import(seam.module, hook)
                 self._hooks[seam] = hook
+
+    def _is_taken(self, name: str) -> bool:
+        """Whether a foreign module goes by this name, perhaps half imported yet."""
+        loaded = sys.modules.get(name)
+        return loaded is not None and not self.owns(loaded)
 
     def uninstall(self) -> None:
         """Put the originals back. What another tool has wrapped since stays, and passes everything through."""
@@ -142,7 +188,7 @@ class Host:
     def status(self, seam: Seam) -> str:
         """One of ``installed``, ``armed`` (module not imported yet), ``absent``, ``not armed``."""
         module = sys.modules.get(seam.module)
-        if module is None:
+        if module is None or not self.owns(module):
             return "armed" if seam in self._hooks else "not armed"
         current = seam.current(module)
         if current is None:
@@ -170,10 +216,18 @@ class Host:
                 f"{self.name} {self.version()}: {seam} has changed: no parameter {lacking[0]!r} in "
                 f"({', '.join(known)}); this mmts-plugins knows {self.distribution} {self.versions}"
             )
+        unused = set(seam.uses) - set(inspect.unwrap(original).__code__.co_names)
+        if unused:
+            raise SeamError(
+                f"{self.name} {self.version()}: {seam} has changed: it does not use {min(unused)!r}, so the schedule "
+                f"would not apply; this mmts-plugins knows {self.distribution} {self.versions}"
+            )
         return original
 
     def _hook(self, seam: Seam) -> Callable[[ModuleType], None]:
         def hook(module: ModuleType) -> None:
+            if not self.owns(module):
+                return
             current = seam.current(module)
             if current is not None and _wrapped_inside(current, str(seam)):
                 return

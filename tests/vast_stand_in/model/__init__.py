@@ -1,0 +1,3 @@
+from .vast import VAST
+
+model_registry = {"vast": VAST}
