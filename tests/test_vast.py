@@ -337,7 +337,7 @@ def assert_one_error(done: subprocess.CompletedProcess, message: str) -> None:
         (["--los", "mmts"], "write --loss"),
         (["--mmts-alpha", "0.1"], "--mmts-* flags are given but not --loss"),
         (["--loss", "mmts"], "needs the cluster table"),
-        (["--loss", "mmts", "--mmts-distribution", "noun"], "counts AVION's classes"),
+        (["--loss", "mmts", "--mmts-distribution", "noun"], "--mmts-distribution is for AVION"),
         (["--loss", "mmts-max-margin", "--mmts-no-shifts", "--mmts-itm-temperature", "mmts"], "has margins, not temp"),
         (["--loss", "mmts", "--mmts-clusters", "classes.parquet"], "a table of class ids, but VAST's samples"),
         (["--loss", "mmts", "--mmts-clusters", "other.parquet"], "20 of 20 training samples are not in other.parquet"),
