@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     from . import doctor
     from .clustering import command as cluster
     from .demo import command as demo
+    from .evaluation import command as evaluation
 
     parser = argparse.ArgumentParser(
         prog="mmts",
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     launcher.set_defaults(run=lambda _: launcher.print_help())
     doctor.add_parser(commands)
     demo.add_parser(commands)
+    evaluation.add_parser(commands)
     return parser
 
 

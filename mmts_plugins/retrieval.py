@@ -9,7 +9,7 @@ queries, never Q x C.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -212,60 +212,3 @@ def class_means(values: torch.Tensor, labels: torch.Tensor, num_classes: int) ->
     labels = labels.cpu()
     total = torch.bincount(labels, weights=values.cpu().double(), minlength=num_classes)
     return total / torch.bincount(labels, minlength=num_classes)
-
-
-def encode(
-    model: Any,
-    preprocess: Callable[[Any], torch.Tensor],
-    tokenizer: Callable[[Sequence[str]], torch.Tensor],
-    images: Sequence[Any],
-    captions: Sequence[str],
-    batch_size: int = 256,
-    device: Union[str, torch.device] = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """L2-normalised float32 features, on the CPU, of an OpenCLIP model.
-
-    Args:
-        model: an OpenCLIP model, already on ``device``; it is put in evaluation mode.
-        preprocess: the validation transform, PIL image to tensor.
-        tokenizer: strings to token ids.
-        images: ``[N]`` paths.
-        captions: ``[M]`` strings.
-        batch_size: how many are encoded at once.
-        device: where to compute.
-
-    Returns:
-        image features ``[N, D]`` and text features ``[M, D]``.
-
-    Raises:
-        MMTSError: an image cannot be read, or there is nothing to encode.
-    """
-    from PIL import Image
-    from tqdm import tqdm
-
-    if not images or not captions:
-        raise MMTSError(f"nothing to encode: {len(images)} images, {len(captions)} captions")
-
-    def load(path: Any) -> torch.Tensor:
-        try:
-            with Image.open(path) as image:
-                return preprocess(image)
-        except OSError as error:
-            raise MMTSError(f"{path}: cannot read the image: {error}") from error
-
-    model.eval()
-    kinds = (
-        (images, lambda batch: model.encode_image(torch.stack([load(path) for path in batch]).to(device))),
-        (captions, lambda batch: model.encode_text(tokenizer(list(batch)).to(device))),
-    )
-    features = []
-    total = len(images) + len(captions)
-    with torch.inference_mode(), tqdm(total=total, desc="  encode", leave=False, disable=None) as bar:
-        for items, encoder in kinds:
-            parts = []
-            for start in range(0, len(items), batch_size):
-                batch = items[start : start + batch_size]
-                parts.append(F.normalize(encoder(batch).float(), dim=-1).cpu())
-                bar.update(len(batch))
-            features.append(torch.cat(parts))
-    return features[0], features[1]
