@@ -56,8 +56,8 @@ def read_matrix(path: str, images: int, texts: int) -> BothWays:
             f"captions{hint}"
         )
     return BothWays(
-        lambda start, stop: torch.from_numpy(np.ascontiguousarray(matrix[start:stop], np.float64)),
-        lambda start, stop: torch.from_numpy(np.ascontiguousarray(matrix[:, start:stop].T, np.float64)),
+        lambda start, stop: torch.from_numpy(np.array(matrix[start:stop], np.float64)),
+        lambda start, stop: torch.from_numpy(np.array(matrix[:, start:stop].T, np.float64)),
     )
 
 
@@ -117,7 +117,7 @@ def read_ek100(path: str, sentences: Optional[str], label_column: str = "noun_cl
     Args:
         path: the annotations of the clips.
         sentences: ``EPIC_100_retrieval_test_sentence.csv``, whose narration ids are the captions in the order of the
-            text features. None: the first clip of every distinct narration, then the first of every (verb, noun) class that
+            text features. None: the first clip of every distinct narration, then the first of every verb and noun that
             has none yet, each in the order of the file: the published set, whose last few stand in no stated order.
         label_column: the class that says how common a clip is; several columns, joined by ``_``, with commas.
 
