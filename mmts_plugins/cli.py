@@ -34,6 +34,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from . import doctor
     from .clustering import command as cluster
+    from .compare import command as compare
     from .demo import command as demo
     from .evaluation import command as evaluation
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_parser(commands)
     demo.add_parser(commands)
     evaluation.add_parser(commands)
+    compare.add_parser(commands)
     return parser
 
 

@@ -227,6 +227,7 @@ def test_intervals_follow_the_seed_and_may_be_left_out() -> None:
     assert one["tail"] == {"value": None, "low": None, "high": None, "n": 0}
     assert one["head"] == {key: one[key] for key in ("value", "low", "high", "n")}
     assert summarise(measures, queries, 0)["m"]["low"] is None
+    assert summarise(measures, {"q": Queries(np.zeros(50, int))}, 100)["m"]["low"] is None
 
 
 def test_class_mean_weighs_classes_alike() -> None:

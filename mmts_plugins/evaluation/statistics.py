@@ -72,8 +72,8 @@ def summarise(
     """``{name: {"value", "low", "high", "n"}}``, and with thirds ``"head"``, ``"mid"``, ``"tail"`` of the same form.
 
     ``low`` and ``high`` bound the central 95% of the statistic over ``resamples`` bootstrap draws (percentile method),
-    None if there are none. A third without queries has the value None and ``n`` 0. The same seed gives the same draws,
-    and all measures of one kind of queries share theirs.
+    None without draws and where all queries are of one unit, about whose like nothing is known. A third without queries
+    has the value None and ``n`` 0. The same seed gives the same draws, which all measures of one kind of queries share.
     """
     result: dict[str, dict[str, Any]] = {measure.name: {} for measure in measures}
     for kind, known in queries.items():
@@ -100,8 +100,8 @@ def _summary(
         draws[draw] = [measure.statistic(own[picked]) for measure, own in zip(measures, values)]
     summary = []
     for column, (measure, own) in enumerate(zip(measures, values)):
-        low, high = (None, None)
-        if resamples:
+        low, high = None, None
+        if resamples and (units[rows] != units[rows[0]]).any():
             tail = (1 - LEVEL) / 2
             low, high = (float(bound) for bound in np.quantile(draws[:, column], (tail, 1 - tail)))
         summary.append({"value": measure.statistic(own), "low": low, "high": high, "n": len(rows)})
