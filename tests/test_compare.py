@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import openclip_flags, run_python
+from conftest import REPOSITORY, openclip_flags, run_python
 
-from mmts_plugins.cli import main
+from mmts_plugins.cli import _parser, main
 from mmts_plugins.compare import plan as plans
 from mmts_plugins.compare.execute import State
 from mmts_plugins.errors import MMTSError
@@ -278,3 +278,24 @@ def test_openclip_end_to_end(tmp_path: Path, data: Any, small_model: str) -> Non
     recall = [found["metrics"][name]["text_to_image_R@10"] for name in ("plain", "TS&ICS")]
     assert all(0 <= groups[group]["mean"] <= 1 for groups in recall for group in ("all", "head", "mid", "tail"))
     assert found["runs"]["plain-seed0"]["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "examples").glob("*/compare.yaml")), ids=lambda path: path.parent.name
+)
+def test_the_examples_are_commands_that_openclip_and_we_take(path: Path, tmp_path: Path) -> None:
+    """Their flags are parsed by the real parsers; nothing is run."""
+    params = pytest.importorskip("open_clip_train.params")
+    plan = plans.make(plans.read(str(path)), str(tmp_path))
+    assert len(plan.runs) == 12
+    plain = plan.runs[0]
+    host = params.parse_args(plain.resumed[plain.resumed.index("open_clip_train.main") + 1 :])
+    assert (host.name, host.resume) == (plain.name, "latest")
+    assert plain.done == Path(host.logs, host.name, "checkpoints", f"epoch_{host.epochs}.pt")
+    judged = _parser().parse_args(plain.evaluation[plain.evaluation.index("eval") :])
+    assert (judged.checkpoint, judged.output) == (str(plain.done), str(plain.result))
+    assert judged.model == host.model
+    for named in (judged.classes, judged.templates):
+        assert named is None or (path.parent / Path(named).name).is_file()
+    shifted = {run.variant: run.command[len(plain.command) :] for run in plan.runs if run.seed == 0}
+    assert ["--mmts-clusters" in flags for flags in shifted.values()] == [False, False, True, True]
