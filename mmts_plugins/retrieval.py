@@ -76,7 +76,7 @@ def graded(
     """Average precision and nDCG of every query with graded relevance, as EPIC-KITCHENS-100 evaluates retrieval.
 
     With ``r_1, r_2, ...`` the relevancies of the candidates in the order of their scores (Damen et al., *Rescaling
-    Egocentric Vision*, Sec. 7; Wray et al., ICCV 2019):
+    Egocentric Vision*, multi-instance retrieval; code by Wray et al.):
 
     - ``AP``: the mean over the places k with ``r_k = 1`` of the precision ``(r_1 + ... + r_k) / k``. The precision adds
       up the graded relevancies, as the published evaluation code does; for relevancies of 0 and 1 it is the usual

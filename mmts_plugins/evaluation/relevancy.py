@@ -77,7 +77,7 @@ class Actions:
         return Actions(self.verb[rows], self.nouns[rows])
 
     def relevancy_to(self, others: Actions) -> Relevancy:
-        """The mean of the intersections over unions of verb classes and of noun classes (Damen et al., Sec. 7)."""
+        """The mean of the intersections over unions of verb classes and of noun classes (Damen et al.)."""
 
         def block(start: int, stop: int) -> torch.Tensor:
             nouns = self.nouns[start:stop]
