@@ -137,7 +137,7 @@ def test_a_state_left_by_a_killed_comparison_is_resumed(folder: Path) -> None:
     content = plans.read(str(folder / "plan.yaml"))
     run = plans.make({**content, "seeds": [0]}, str(output)).runs[0]
     output.mkdir()
-    State(output).update(run, status="running", command=run.command, attempts=1)
+    State(output).update(run, status="running", attempts=1)
     assert compare(folder, "--seeds", "0") == 0
     assert calls(folder)["plain-seed0"][0].endswith("--resume latest")
 

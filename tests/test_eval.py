@@ -57,6 +57,7 @@ class Set:
         images, texts = encode(net, preprocess, tokenizer, self.images, self.texts)
         np.save(folder / "images.npy", images.numpy())
         np.save(folder / "texts.npy", texts.numpy())
+        np.save(folder / "owner.npy", np.arange(24) // 3)
         (folder / "owner.txt").write_text("".join(f"{number // 3}\n" for number in range(24)))
         keys = [caption for captions in self.captions[:6] for caption in captions]
         sizes = [10, 10, 5, 5, 2, 2]
@@ -123,6 +124,7 @@ def test_every_form_of_a_set_gives_the_same_numbers(images: Set) -> None:
         images.from_model(images.folder / "set.tar"),
         images.from_features(images.folder / "set.tsv"),
         images.from_features("--text-image", images.folder / "owner.txt"),
+        images.from_features("--text-image", images.folder / "owner.npy"),
     ):
         assert result["metrics"] == expected["metrics"]
         assert result["queries"] == {"image": {"n": 8}, "text": {"n": 24}}

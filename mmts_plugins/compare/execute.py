@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .._files import replacing
-from ..demo.train import run_logged
+from ..demo.train import run_logged, shown
 from ..errors import MMTSError
 from .plan import Plan, Run, launched
 
@@ -50,11 +50,12 @@ def execute(plan: Plan, launcher: Optional[str] = None, wait: bool = True, retry
     """
     state = State(plan.output)
     for run in plan.runs:
-        known = state.runs.get(run.name, {}).get("command", run.command)
-        if known != run.command:
+        command = shown(run.command)  # without the path of this Python: another environment may go on
+        known = state.runs.get(run.name, {}).get("command", command)
+        if known != command:
             raise MMTSError(
                 f"{plan.output}: {run.name} was started with another command; use another -o/--output.\n"
-                f"then: {shlex.join(known)}\nnow:  {shlex.join(run.command)}"
+                f"then: {known}\nnow:  {command}"
             )
     for number, run in enumerate(plan.runs, 1):
         say = f"[{number}/{len(plan.runs)}] {run.variant}, seed {run.seed}"
@@ -74,7 +75,7 @@ def _train(plan: Plan, run: Run, state: State, launcher: Optional[str], wait: bo
     known = state.runs.get(run.name, {})
     if run.done.exists():
         if known.get("status") not in (TRAINED, FINISHED):
-            state.update(run, status=TRAINED, command=run.command, error=None)
+            state.update(run, status=TRAINED, command=shown(run.command), error=None)
         return
     if known.get("status") == SUBMITTED and not retry:
         print(f"{say}: submitted, not finished yet (--retry submits it again)", flush=True)
@@ -83,7 +84,7 @@ def _train(plan: Plan, run: Run, state: State, launcher: Optional[str], wait: bo
     command = launched(run.resumed if attempts else run.command, launcher)
     log = plan.output / "logs" / f"{run.name}.log"
     print(f"{say}: {'resuming' if attempts else 'training'}, log in {log}", flush=True)
-    state.update(run, status=RUNNING, command=run.command, attempts=attempts + 1, error=None)
+    state.update(run, status=RUNNING, command=shown(run.command), attempts=attempts + 1, error=None)
     started = time.monotonic()
     try:
         _logged(command, plan.folder, log)

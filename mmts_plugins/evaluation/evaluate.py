@@ -223,7 +223,7 @@ def _read_index(path: str, texts: int, images: int) -> np.ndarray:
         raise MMTSError(f"{path}: numbers from {numbers.min()} to {numbers.max()} for {images} images (--text-image)")
     if len(np.unique(numbers)) < images:
         raise MMTSError(f"{path}: {images - len(np.unique(numbers))} of {images} images have no caption (--text-image)")
-    return np.asarray(numbers, np.int64)
+    return np.array(numbers, np.int64)
 
 
 def _lines(path: str, flag: str) -> list[str]:

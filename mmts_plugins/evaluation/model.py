@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ def load_model(
 
 
 @contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)  # "no weights found", on a model that is about to get them
     try:
         yield
@@ -79,7 +79,7 @@ def _quiet() -> Any:
 
 
 @contextmanager
-def _explained(what: str) -> Any:
+def _explained(what: str) -> Iterator[None]:
     """OpenCLIP's and torch's many kinds of errors as one line of ours."""
     try:
         yield
