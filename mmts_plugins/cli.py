@@ -1,4 +1,4 @@
-"""The command ``mmts``: cluster captions, run a host, check an installation, see it work."""
+"""The command ``mmts``: cluster captions, run a host, check an installation, see it work, evaluate, compare."""
 
 from __future__ import annotations
 

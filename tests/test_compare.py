@@ -7,6 +7,9 @@ import json
 import os
 import shlex
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from mmts_plugins.errors import MMTSError
 
 # A trainer as a comparison sees one: says what it was given, may die half-way, leaves a checkpoint.
 HOST = """
-import argparse, pathlib, sys
+import argparse, os, pathlib, sys, time
 parser = argparse.ArgumentParser()
 for flag in ("--seed", "--out", "--loss", "--mmts-clusters", "--resume"):
     parser.add_argument(flag)
@@ -34,6 +37,9 @@ with open(out / "calls.txt", "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 if (pathlib.Path.cwd() / "kill").exists() and "TS-ICS-seed1" in args.out and not args.resume:
     sys.exit("the node was taken away")
+if (pathlib.Path.cwd() / "slow").exists():
+    (pathlib.Path.cwd() / "slow").write_text(str(os.getpid()))
+    time.sleep(600)
 if (pathlib.Path.cwd() / "lazy").exists():
     sys.exit(0)
 score = int(args.seed) + 10 * bool(args.mmts_clusters) + 3 * args.mmts_no_shifts
@@ -148,6 +154,27 @@ def test_exit_code_zero_without_a_checkpoint_is_a_failure(folder: Path, capsys: 
     said = capsys.readouterr().out
     assert "ended without an error, but did not write" in said
     assert "0 of 4 runs finished" in said
+
+
+def test_a_terminated_comparison_ends_its_trainer(folder: Path) -> None:
+    (folder / "slow").touch()
+    output = folder / "with blank" / "out"
+    command = [sys.executable, "-m", "mmts_plugins", "compare", str(folder / "plan.yaml"), "-o", str(output)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while not (folder / "slow").read_text():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        trainer = int((folder / "slow").read_text())
+        process.terminate()
+        assert process.wait(60) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(trainer, 0)
+    assert State(output).runs["plain-seed0"]["error"] == "interrupted"
+    (folder / "slow").unlink()
+    assert compare(folder, "--seeds", "0") == 0
+    assert calls(folder)["plain-seed0"][1].endswith("--resume latest")
 
 
 def test_more_seeds_later_but_not_another_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -193,6 +194,14 @@ def test_captions_shared_by_a_class_count_once(images: Set, tmp_path: Path) -> N
     (tmp_path / "shared.tsv").write_text("\n".join(lines) + "\n")
     result = images.from_model(tmp_path / "shared.tsv", "--match-column", "label")
     assert result["queries"] == {"image": {"n": 8}, "text": {"n": 4}}
+
+
+def test_images_in_a_compressed_tar_are_refused(images: Set, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = images.folder / "set.tar.gz"
+    packed.write_bytes(gzip.compress((images.folder / "set.tar").read_bytes()))
+    flags = ["--model", images.model, "--checkpoint", str(images.checkpoint), "-o", str(images.folder / "no.json")]
+    assert main(["eval", str(packed), *flags]) == 2
+    assert "images are read from plain .tar files on a disk" in capsys.readouterr().err
 
 
 def test_captions_per_image_takes_the_first(images: Set) -> None:

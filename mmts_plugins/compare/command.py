@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 from typing import Any
 
 from ..errors import ConfigError
@@ -88,7 +89,11 @@ def run(args: argparse.Namespace) -> int:
             print(shlex.join(plans.launched(each.command, args.launcher)))
             print(shlex.join(plans.launched(each.evaluation, None if args.no_wait else args.launcher)))
         return 0
-    state = execute(plan, args.launcher, not args.no_wait, args.retry)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice: end the trainer too
+    try:
+        state = execute(plan, args.launcher, not args.no_wait, args.retry)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"\n{tables.write(plan, state.runs)}")
     status = {name: of_run["status"] for name, of_run in state.runs.items()}
     finished = sum(status.get(each.name) == FINISHED for each in plan.runs)
