@@ -1,4 +1,4 @@
-"""The command ``mmts``: cluster captions, run a host, check an installation, see it work, and report on it."""
+"""The command ``mmts``: cluster captions, plan and run, check, see it work, evaluate, compare, report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from . import doctor
     from .clustering import command as cluster
+    from .compare import command as compare
     from .demo import command as demo
+    from .evaluation import command as evaluation
     from .report import command as report
 
     parser = argparse.ArgumentParser(
@@ -60,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_parser(commands)
     report.add_parsers(commands)
     demo.add_parser(commands)
+    evaluation.add_parser(commands)
+    compare.add_parser(commands)
     return parser
 
 

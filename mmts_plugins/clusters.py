@@ -161,6 +161,23 @@ class ClusterTable:
             means.append(float(np.average(values[order], weights=inside)))
         return means[0], means[1], means[2]
 
+    def thirds(self, frequency: np.ndarray) -> np.ndarray:
+        """To which third of the training samples, ranked by frequency, samples as common as ``frequency`` belong.
+
+        Args:
+            frequency: ``[n]``, of any samples, evaluated ones for example.
+
+        Returns:
+            ``[n]`` int64: 0 for the head, 1 for the middle, 2 for the tail. Equal frequencies share a third, the one in
+            which the middle of such training samples lies: unlike in :meth:`third_means` nobody is split.
+        """
+        order = np.argsort(self.frequency, kind="stable")
+        ascending, below = self.frequency[order], np.concatenate([[0], np.cumsum(self.count[order])])
+        rarer, not_commoner = (below[np.searchsorted(ascending, frequency, side)] for side in ("left", "right"))
+        # In whole numbers: the share of commoner samples, and half of the equal ones, in thirds.
+        twice_above = 2 * below[-1] - rarer - not_commoner
+        return np.minimum(3 * twice_above // (2 * below[-1]), 2)
+
     def save(self, path: PathLike) -> None:
         """Write one Parquet file (readable by any tool), whole or not at all.
 

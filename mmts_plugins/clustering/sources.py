@@ -8,7 +8,7 @@ import re
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,7 @@ class Source:
     column: Optional[str] = None
     separator: str = "\t"
     header: bool = True
+    label_flag: str = "--label-column"
 
     def resolved_format(self) -> str:
         """The format, by the file's extension where it is ``auto``."""
@@ -90,7 +91,7 @@ def read_samples(source: Source, labels: Sequence[str] = (), captions: bool = Tr
     """
     kind = source.resolved_format()
     if labels and kind in ("text", "webdataset"):
-        raise ConfigError(f"{source.data}: --label-column needs named columns (CSV, JSON or Parquet), not {kind}")
+        raise ConfigError(f"{source.data}: {source.label_flag} needs named columns (CSV, JSON or Parquet), not {kind}")
     if kind == "webdataset":
         samples = _read_webdataset(source)
     else:
@@ -122,7 +123,7 @@ def _read_csv(source: Source, labels: Sequence[str], captions: bool) -> Samples:
     hint = _csv_hint(source, names)
     column = _pick(source, "csv", names, hint) if captions else None
     for label in labels:
-        _require(source, label, names, "--label-column", hint)
+        _require(source, label, names, source.label_flag, hint)
     wanted = [head.columns[names.index(name)] for name in dict.fromkeys([*([column] if column else []), *labels])]
     # Rows one field longer than the header make pandas take the first field as the index; usecols would undo that.
     usecols = wanted if isinstance(head.index, pd.RangeIndex) else None
@@ -167,7 +168,7 @@ def _read_json(source: Source, labels: Sequence[str], captions: bool) -> Samples
                     raise MMTSError(f"{source.data}: {where}: field {column!r} is not text but {_short(value)}")
             texts.extend(values)
         for label, target in zip(labels, ids):
-            _require(source, label, names, "--label-column", f"in {where}")
+            _require(source, label, names, source.label_flag, f"in {where}")
             value = record[label]
             if isinstance(value, (list, dict, float)):
                 raise MMTSError(f"{source.data}: {where}: {label!r} is not a class id but {_short(value)}")
@@ -199,7 +200,7 @@ def _read_parquet(source: Source, labels: Sequence[str], captions: bool) -> Samp
     names = table.schema.names
     column = _pick(source, "parquet", names) if captions else None
     for label in labels:
-        _require(source, label, names, "--label-column")
+        _require(source, label, names, source.label_flag)
 
     def values(name: str) -> list[Optional[str]]:
         cells = table.to_table(columns=[name]).column(0)
@@ -267,7 +268,7 @@ def _join_labels(source: Source, names: Sequence[str], columns: Sequence[Sequenc
     for row, parts in enumerate(zip(*columns), 1):
         if None in parts:
             name = names[parts.index(None)]
-            raise MMTSError(f"{source.data}: sample {row} has no {name!r} (empty, or NA); every sample needs its class")
+            raise MMTSError(f"{source.data}: sample {row} has no {name!r} (empty, or NA); every sample needs one")
         joined.append("_".join(cast("tuple[str, ...]", parts)))
     return joined
 
@@ -278,8 +279,8 @@ def _read_webdataset(source: Source) -> Samples:
 
     captions: list[str] = []
     partial = undecodable = 0
-    for url in tqdm(_shards(source.data), desc="reading", unit="tar", file=sys.stderr):
-        for sample in _tar_samples(url):
+    for url in tqdm(shards(source.data), desc="reading", unit="tar", file=sys.stderr):
+        for sample in tar_samples(url, _text):
             caption = sample.get("txt")
             if caption is None or not sample.keys() & {"png", "jpg", "jpeg", "webp"}:
                 partial += 1
@@ -296,7 +297,8 @@ def _read_webdataset(source: Source) -> Samples:
     return Samples(captions, notes=notes)
 
 
-def _shards(data: str) -> list[str]:
+def shards(data: str) -> list[str]:
+    """The tars of a WebDataset: brace patterns, several joined with ``::``, as OpenCLIP's ``--train-data``."""
     from braceexpand import braceexpand
 
     try:
@@ -318,9 +320,18 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _tar_samples(url: str) -> Iterator[dict[str, Optional[bytes]]]:
-    """Members grouped as OpenCLIP's ``group_by_keys_nothrow`` does; the value of all but ``txt`` is None."""
-    key, sample = None, cast("dict[str, Optional[bytes]]", {})
+def _text(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Optional[bytes]:
+    file = archive.extractfile(member) if suffix == "txt" else None
+    return file.read() if file else None
+
+
+def tar_samples(url: str, take: Callable[[tarfile.TarFile, tarfile.TarInfo, str], Any]) -> Iterator[dict[str, Any]]:
+    """Members grouped as OpenCLIP's ``group_by_keys_nothrow`` does: ``{suffix: take(archive, member, suffix)}``.
+
+    Raises:
+        MMTSError: the tar is missing, cut or damaged.
+    """
+    key, sample = None, cast("dict[str, Any]", {})
     try:
         with closing(_open(url)) as stream, _tar(url, stream) as archive:
             for member in archive:
@@ -334,8 +345,7 @@ def _tar_samples(url: str) -> Iterator[dict[str, Optional[bytes]]]:
                     if sample:
                         yield sample
                     key, sample = prefix, {}
-                file = archive.extractfile(member) if suffix == "txt" else None
-                sample[suffix] = file.read() if file else None
+                sample[suffix] = take(archive, member, suffix)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise MMTSError(f"{url}: cannot be read as a tar (truncated or damaged?): {error}") from error
     if sample:
@@ -400,23 +410,27 @@ def read_class_counts(path: str) -> tuple[list[str], np.ndarray, list[str]]:
     return [ids[index] for index in present], np.array([counts[index] for index in present], np.int64), notes
 
 
-def read_embeddings(path: str, tensor: Optional[str] = None) -> np.ndarray:
-    """``[n, d]`` numbers from a ``.npy`` or ``.safetensors`` file, checked to be finite; nothing is unpickled."""
+def read_embeddings(path: str, tensor: Optional[str] = None, flag: str = "--embeddings") -> np.ndarray:
+    """``[n, d]`` numbers from a ``.npy`` or ``.safetensors`` file, checked to be finite; nothing is unpickled.
+
+    ``flag`` is the one that named the file, for messages.
+    """
     file = Path(path)
     if not file.exists():
-        raise MMTSError(f"{path}: no such file (--embeddings)")
+        raise MMTSError(f"{path}: no such file ({flag})")
     if file.suffix not in (".npy", ".safetensors"):
-        raise ConfigError(f"{path}: --embeddings takes a .npy or a .safetensors file")
+        raise ConfigError(f"{path}: {flag} takes a .npy or a .safetensors file")
     if tensor is not None and file.suffix == ".npy":
         raise ConfigError(f"{path}: --tensor names a tensor of a .safetensors file; a .npy file holds a single one")
-    points = _load_npy(path) if file.suffix == ".npy" else _load_safetensors(path, tensor)
+    points = load_npy(path) if file.suffix == ".npy" else _load_safetensors(path, tensor)
     if points.ndim != 2 or 0 in points.shape:
         raise MMTSError(f"{path}: the shape is {list(points.shape)}, expected [samples, dimensions]")
     check_finite(points, path)
     return points
 
 
-def _load_npy(path: str) -> np.ndarray:
+def load_npy(path: str) -> np.ndarray:
+    """One array of numbers from a ``.npy`` file, mapped, not read; nothing is unpickled."""
     try:
         points = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

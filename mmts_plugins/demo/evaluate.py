@@ -38,8 +38,8 @@ def evaluate(model: str, checkpoint: Path, folder: Path, parts: Split) -> Scores
     import pandas as pd
     import torch
 
-    from ..retrieval import class_embeddings, encode, ranks, recall_at, zero_shot_accuracy
-    from .train import load_model
+    from ..evaluation.model import encode, load_model
+    from ..retrieval import class_embeddings, ranks, recall_at, zero_shot_accuracy
 
     frame = pd.read_csv(folder / "data" / "val.tsv", sep="\t")
     images = [folder / path for path in frame[IMAGE_KEY]]

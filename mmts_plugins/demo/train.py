@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import subprocess
@@ -12,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
 
 from ..config import FILE_NAME
 from ..errors import MMTSError
@@ -131,25 +129,3 @@ def train(
         if not expected.is_file():
             raise MMTSError(f"the run ended without writing {expected}: {shown(command)}")
     return TrainingRun(name, shown(command), checkpoint, time.monotonic() - started, progress)
-
-
-def load_model(
-    model: str, checkpoint: Path, device: str = "cpu", pretrained: Optional[str] = None
-) -> tuple[Any, Callable, Callable]:
-    """The trained model, its validation transform and its tokenizer.
-
-    Args:
-        model: what ``--model`` was.
-        checkpoint: written by the trainer.
-        device: where to put the model.
-        pretrained: what ``--pretrained`` was; it settles how images are normalised.
-    """
-    import open_clip
-
-    logging.disable(logging.WARNING)  # "no weights found", on a model that is about to get them
-    try:
-        net, _, preprocess = open_clip.create_model_and_transforms(model, pretrained, load_weights=False, device=device)
-    finally:
-        logging.disable(logging.NOTSET)
-    open_clip.load_checkpoint(net, str(checkpoint))
-    return net, preprocess, open_clip.get_tokenizer(model)

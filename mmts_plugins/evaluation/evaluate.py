@@ -1,0 +1,361 @@
+"""From the flags of ``mmts eval`` to its numbers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..clustering.sources import load_npy, read_embeddings
+from ..clusters import CLASS, ClusterTable
+from ..errors import ConfigError, MMTSError
+from ..retrieval import KS, class_embeddings, class_ranks, graded, ranks
+from . import frequency, relevancy, sets
+from .model import encode_images, encode_texts, load_model
+from .statistics import THIRDS, Measure, Queries, class_mean, mean, median, shown, summarise
+
+TEMPLATE = "a photo of a {}."
+IMAGES, TEXTS = "image", "text"
+WAYS = {IMAGES: "image_to_text", TEXTS: "text_to_image"}
+_TITLES = {"image_to_text": "image → text", "text_to_image": "text → image", "mean": "mean", "zero_shot": "zero-shot"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``mmts eval`` found.
+
+    Attributes:
+        metrics: as :func:`~.statistics.summarise` gives them.
+        queries: ``{"image" | "text": {"n", "head", "mid", "tail"}}``, how many queries there are.
+        table_hash: content hash of the cluster table, if one was given.
+        notes: what the user should know.
+    """
+
+    metrics: dict[str, dict[str, Any]]
+    queries: dict[str, dict[str, int]]
+    table_hash: Optional[str] = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Task:
+    """Everything that the numbers are computed from; filled in by the readers below.
+
+    Attributes:
+        images: ``[N, D]``; texts ``[M, D]``, None without retrieval; both L2-normalised.
+        image_group, text_group: ``[N]`` and ``[M]``; equal numbers belong together.
+        relevancy: graded relevance instead of groups.
+        image_frequency, text_frequency: ``[N]`` and ``[M]``, None without a table.
+        classes: ``[C, D]`` class embeddings, and ``labels`` ``[N]``, None without zero-shot classification.
+    """
+
+    images: torch.Tensor
+    texts: Optional[torch.Tensor] = None
+    image_group: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    text_group: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    relevancy: Optional[relevancy.BothWays] = None
+    image_frequency: Optional[np.ndarray] = None
+    text_frequency: Optional[np.ndarray] = None
+    classes: Optional[torch.Tensor] = None
+    labels: Optional[torch.Tensor] = None
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate(args: argparse.Namespace) -> Result:
+    """Read, encode and measure what the flags say.
+
+    Raises:
+        MMTSError: a file or a flag cannot be used.
+    """
+    table = ClusterTable.load(args.table) if args.table else None
+    if args.ek100:
+        task = _ek100(args, table)
+    elif args.data is None:
+        task = _bare_features(args)
+    else:
+        task = _from_data(args, table)
+    return _measured(task, table, args.resamples, args.seed)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def _ek100(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
+    annotations = relevancy.read_ek100(args.ek100, args.ek100_sentences, args.label_column or "noun_class")
+    images, texts = _features(args.image_features, "--image-features"), _features(args.text_features, "--text-features")
+    clips, captions = len(annotations.labels), len(annotations.captions)
+    _check_rows(args.image_features, len(images), clips, f"clips in {args.ek100}")
+    if len(texts) == clips:  # as AVION has them: one text per clip
+        texts = texts[torch.from_numpy(annotations.clip_of)]
+    _check_rows(args.text_features, len(texts), captions, f"captions of {args.ek100} (or {clips}, one per clip)")
+    task = Task(images, texts, np.arange(clips), np.arange(captions), annotations.relevancy())
+    if not args.ek100_sentences and captions != clips:
+        task.notes.append(
+            f"{captions} captions in the order of {args.ek100}; --ek100-sentences gives the published order"
+        )
+    if table is not None:
+        task.image_frequency, notes = frequency.of_classes(table, annotations.labels)
+        task.text_frequency = task.image_frequency[annotations.clip_of]
+        task.notes.extend(notes)
+    return task
+
+
+def _bare_features(args: argparse.Namespace) -> Task:
+    images, texts = _features(args.image_features, "--image-features"), _features(args.text_features, "--text-features")
+    owner = np.arange(len(texts))
+    if args.text_image:
+        owner = _read_index(args.text_image, len(texts), len(images))
+    elif not args.relevancy and len(texts) != len(images):
+        raise ConfigError(
+            f"{len(images)} images and {len(texts)} captions: whose is each caption? Give --text-image FILE, or DATA"
+        )
+    task = Task(images, texts, np.arange(len(images)), owner)
+    if args.relevancy:
+        task.relevancy = relevancy.read_matrix(args.relevancy, len(images), len(texts))
+    return task
+
+
+def _from_data(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
+    samples = sets.read(
+        sets.Reading(
+            data=args.data,
+            format=args.format,
+            image_column=args.image_column,
+            caption_column=args.column,
+            separator=args.separator.replace("\\t", "\t"),
+            match_column=args.match_column,
+            label_column=args.label_column,
+            image_root=args.image_root,
+            split=args.split,
+            captions_per_image=args.captions_per_image,
+            captions=not args.no_retrieval,
+        )
+    )
+    names = _lines(args.classes, "--classes") if args.classes else []
+    labels = _label_numbers(samples.image_labels, names, args.classes) if names else None
+    task = _saved(args, samples, names) if args.image_features else _encoded(args, samples, names)
+    task.labels, task.image_group, task.text_group = labels, samples.image_group, samples.caption_group
+    task.notes[:0] = samples.notes
+    if args.relevancy:
+        task.relevancy = relevancy.read_matrix(args.relevancy, len(samples.images), len(samples.captions))
+    if table is not None:
+        _look_up(task, samples, table, args.encoder)
+    return task
+
+
+def _look_up(task: Task, samples: sets.Samples, table: ClusterTable, encoder: str) -> None:
+    """Frequencies by class where the table has classes, else by caption; an image has the mean of its captions."""
+    if table.kind == CLASS and samples.image_labels:
+        task.image_frequency, notes = frequency.of_classes(table, samples.image_labels)
+        if samples.captions:
+            task.text_frequency = frequency.of_classes(table, samples.caption_labels)[0]
+    elif not samples.captions:
+        raise ConfigError(
+            f"{table.source}: is keyed by captions, which --no-retrieval leaves out; use a table of classes"
+        )
+    else:
+        task.text_frequency, notes = frequency.of_captions(table, samples.captions, encoder)
+        task.image_frequency = np.array([task.text_frequency[rows].mean() for rows in samples.image_rows])
+    task.notes.extend(notes)
+
+
+def _saved(args: argparse.Namespace, samples: sets.Samples, names: Sequence[str]) -> Task:
+    images = _features(args.image_features, "--image-features")
+    _check_rows(args.image_features, len(images), len(samples.images), f"images in {args.data}")
+    task = Task(images)
+    if not args.no_retrieval:
+        task.texts = _features(args.text_features, "--text-features")
+        _check_rows(args.text_features, len(task.texts), len(samples.captions), f"captions in {args.data}")
+    if names:
+        task.classes = _features(args.class_features, "--class-features")
+        _check_rows(args.class_features, len(task.classes), len(names), f"classes in {args.classes}")
+    return task
+
+
+def _encoded(args: argparse.Namespace, samples: sets.Samples, names: Sequence[str]) -> Task:
+    prompts = _prompts(args.templates, names)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, preprocess, tokenizer = load_model(args.model, args.checkpoint, device, args.pretrained)
+    task = Task(encode_images(model, preprocess, samples.images, args.batch_size, device))
+    if not args.no_retrieval:
+        task.texts = encode_texts(model, tokenizer, samples.captions, args.batch_size, device)
+    if names:
+        features = encode_texts(model, tokenizer, prompts, args.batch_size, device)
+        of_class = torch.arange(len(names)).repeat_interleave(len(prompts) // len(names))
+        task.classes = class_embeddings(features, of_class, len(names))
+    return task
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------
+
+
+def _features(path: str, flag: str) -> torch.Tensor:
+    points = torch.from_numpy(np.array(read_embeddings(path, flag=flag), np.float32))
+    if not points.any(dim=1).all():
+        raise MMTSError(f"{path}: row {int((~points.any(dim=1)).int().argmax())} is all zeros ({flag})")
+    return F.normalize(points, dim=1)
+
+
+def _check_rows(path: str, rows: int, expected: int, what: str) -> None:
+    if rows != expected:
+        raise MMTSError(f"{path}: {rows} rows for {expected} {what}")
+
+
+def _read_index(path: str, texts: int, images: int) -> np.ndarray:
+    """``[M]`` the row of each caption's image."""
+    if not Path(path).exists():
+        raise MMTSError(f"{path}: no such file (--text-image)")
+    try:
+        numbers = load_npy(path) if path.endswith(".npy") else np.loadtxt(path, np.int64, ndmin=1)
+    except ValueError as error:
+        raise MMTSError(f"{path}: expected a whole number per line (--text-image): {error}") from error
+    if numbers.dtype.kind not in "iu" or numbers.shape != (texts,):
+        raise MMTSError(
+            f"{path}: {list(numbers.shape)} of {numbers.dtype}, expected {texts} whole numbers (--text-image)"
+        )
+    if numbers.min() < 0 or numbers.max() >= images:
+        raise MMTSError(f"{path}: numbers from {numbers.min()} to {numbers.max()} for {images} images (--text-image)")
+    if len(np.unique(numbers)) < images:
+        raise MMTSError(f"{path}: {images - len(np.unique(numbers))} of {images} images have no caption (--text-image)")
+    return np.array(numbers, np.int64)
+
+
+def _lines(path: str, flag: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise MMTSError(f"{path}: cannot be read as text ({flag}): {error}") from error
+    if not lines:
+        raise MMTSError(f"{path}: is empty ({flag})")
+    return lines
+
+
+def _label_numbers(labels: Sequence[str], names: Sequence[str], path: str) -> torch.Tensor:
+    """``[N]`` line numbers of the labels, which are names or the numbers themselves."""
+    if len(set(names)) < len(names):
+        raise MMTSError(f"{path}: a class name occurs twice (--classes)")
+    known = {name: number for number, name in enumerate(names)}
+    if not set(labels) <= known.keys():
+        known = {str(number): number for number in range(len(names))}
+    unknown = next((label for label in labels if label not in known), None)
+    if unknown is not None:
+        raise MMTSError(
+            f"{path}: the label {unknown!r} is neither one of its {len(names)} names nor a line number from 0"
+        )
+    return torch.tensor([known[label] for label in labels])
+
+
+def _prompts(path: Optional[str], names: Sequence[str]) -> list[str]:
+    """All templates of the first class, then of the second, and so on."""
+    templates = [line.replace("{c}", "{}") for line in (_lines(path, "--templates") if path else [TEMPLATE])]
+    bad = next((template for template in templates if template.count("{}") != 1), None)
+    if bad is not None:
+        raise MMTSError(f"{path}: the template {bad!r} needs one {{}} (or {{c}}) in the place of the class")
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _measured(task: Task, table: Optional[ClusterTable], resamples: int, seed: int) -> Result:
+    measures: list[Measure] = []
+    # Captions of an image are drawn together; with graded relevance there are no such families.
+    families = {IMAGES: np.arange(len(task.images))}
+    if task.texts is not None:
+        families[TEXTS] = task.text_group
+        measures += _graded(task) if task.relevancy else _ranked(task)
+        if task.relevancy:
+            families[TEXTS] = np.arange(len(task.texts))
+    if task.classes is not None and task.labels is not None:
+        measures += _classified(task.images, task.classes, task.labels)
+    queries = {}
+    for kind, units in families.items():
+        common = task.image_frequency if kind == IMAGES else task.text_frequency
+        queries[kind] = Queries(units, table.thirds(common) if table is not None and common is not None else None)
+    metrics = summarise(measures, queries, resamples, seed)
+    for name in ("mAP", "mAP_binary", "nDCG"):
+        if f"{WAYS[IMAGES]}_{name}" in metrics:
+            metrics[f"mean_{name}"] = _between(*(metrics[f"{way}_{name}"] for way in WAYS.values()))
+    counts = {kind: {"n": len(known.units), **_third_counts(known.thirds)} for kind, known in queries.items()}
+    return Result(metrics, counts, table.content_hash if table is not None else None, task.notes)
+
+
+def _ranked(task: Task) -> list[Measure]:
+    assert task.texts is not None
+    image_group, text_group = torch.from_numpy(task.image_group), torch.from_numpy(task.text_group)
+    sides = {
+        IMAGES: ranks(task.images, task.texts, image_group, text_group),
+        TEXTS: ranks(task.texts, task.images, text_group, image_group),
+    }
+    measures = []
+    for kind, rank in sides.items():
+        places = (rank + 1).double().numpy()
+        measures += [Measure(f"{WAYS[kind]}_R@{k}", (places <= k).astype(float), mean, kind) for k in KS]
+        measures.append(Measure(f"{WAYS[kind]}_mean_rank", places, mean, kind))
+        measures.append(Measure(f"{WAYS[kind]}_median_rank", places, median, kind))
+    return measures
+
+
+def _graded(task: Task) -> list[Measure]:
+    assert task.texts is not None
+    assert task.relevancy is not None
+    sides = {
+        IMAGES: graded(task.images, task.texts, task.relevancy.of_images),
+        TEXTS: graded(task.texts, task.images, task.relevancy.of_texts),
+    }
+    names = {"mAP": "AP", "mAP_binary": "AP_binary", "nDCG": "nDCG"}
+    return [
+        Measure(f"{WAYS[kind]}_{name}", values[column].numpy(), mean, kind)
+        for kind, values in sides.items()
+        for name, column in names.items()
+    ]
+
+
+def _classified(images: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor) -> list[Measure]:
+    places = class_ranks(images, classes, labels).numpy() + 1
+    hits = (places <= 1).astype(float)
+    measures = [Measure("zero_shot_top1", hits, mean, IMAGES)]
+    if len(classes) > 5:
+        measures.append(Measure("zero_shot_top5", (places <= 5).astype(float), mean, IMAGES))
+    by_class = np.stack([labels.numpy(), hits], axis=1)
+    return [*measures, Measure("zero_shot_class_mean", by_class, class_mean, IMAGES)]
+
+
+def _between(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The mean of two directions, as papers print it; no interval: the queries are not one sample."""
+    known = one["value"] is not None and other["value"] is not None
+    middle = (one["value"] + other["value"]) / 2 if known else None
+    thirds = {third: _between(one[third], other[third]) for third in THIRDS if third in one}
+    return {"value": middle, "low": None, "high": None, "n": None, **thirds}
+
+
+def _third_counts(thirds: Optional[np.ndarray]) -> dict[str, int]:
+    return {} if thirds is None else {name: int((thirds == number).sum()) for number, name in enumerate(THIRDS)}
+
+
+# --- the printed table ------------------------------------------------------------------------------------------------
+
+
+def table(result: Result) -> str:
+    """The numbers in Markdown: shares in per cent, ranks as they are, 95% intervals in brackets."""
+    columns = ["all", *(THIRDS if result.table_hash else ())]
+    rows = [["%, ranks from 1", *columns]]
+    for name, entry in result.metrics.items():
+        prefix = next(prefix for prefix in _TITLES if name.startswith(prefix))
+        title = f"{_TITLES[prefix]} {name[len(prefix) + 1 :].replace('_', ' ')}"
+        cells = [entry, *(entry[third] for third in columns[1:])]
+        rows.append([title, *(shown(cell, percent="rank" not in name) for cell in cells)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    said = []
+    for kind, counts in result.queries.items():
+        parts = ", ".join(f"{name} {number:,}" for name, number in counts.items() if name != "n")
+        said.append(f"{counts['n']:,} {kind} queries" + (f" ({parts})" if parts else ""))
+    return "\n".join([*lines, "", "; ".join(said)])

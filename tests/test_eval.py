@@ -1,0 +1,434 @@
+"""``mmts eval``: the same numbers by every road, intervals and thirds against brute force, and what it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import tarfile
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, run_python
+
+from mmts_plugins.cli import main
+from mmts_plugins.clusters import CLASS, ClusterTable
+from mmts_plugins.errors import MMTSError
+from mmts_plugins.evaluation import frequency, relevancy
+from mmts_plugins.evaluation.statistics import Measure, Queries, class_mean, mean, median, summarise
+
+for package in ("open_clip", "pandas", "sklearn", "tqdm", "PIL"):
+    pytest.importorskip(package)
+
+ANIMALS = ("dog", "cat", "sea", "old tree")
+
+
+class Set:
+    """Eight images with three captions each in every form, a small model's checkpoint, and its features."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        import open_clip
+        from PIL import Image
+
+        from mmts_plugins.evaluation.model import encode, load_model
+
+        self.folder, self.model = folder, model
+        self.checkpoint = folder / "run" / "checkpoints" / "epoch_1.pt"
+        self.checkpoint.parent.mkdir(parents=True)
+        torch.manual_seed(0)
+        net = open_clip.create_model(model)
+        torch.save({"epoch": 1, "state_dict": net.state_dict()}, self.checkpoint)
+        draw = random.Random(1)
+        self.images, self.captions, self.labels = [], [], []
+        for number in range(8):
+            path = folder / f"{number}.png"
+            Image.frombytes("RGB", (16, 16), draw.randbytes(768)).save(path)
+            self.images.append(path)
+            self.labels.append(ANIMALS[number % 4])
+            self.captions.append([f"a {word} {self.labels[-1]} {number}" for word in ("big", "wet", "grey")])
+        self.texts = [caption for captions in self.captions for caption in captions]
+        self._write()
+        net, preprocess, tokenizer = load_model(model, self.checkpoint)
+        images, texts = encode(net, preprocess, tokenizer, self.images, self.texts)
+        np.save(folder / "images.npy", images.numpy())
+        np.save(folder / "texts.npy", texts.numpy())
+        np.save(folder / "owner.npy", np.arange(24) // 3)
+        (folder / "owner.txt").write_text("".join(f"{number // 3}\n" for number in range(24)))
+        keys = [caption for captions in self.captions[:6] for caption in captions]
+        sizes = [10, 10, 5, 5, 2, 2]
+        ClusterTable.build(keys, [i // 3 for i in range(18)], [sizes[i // 3] for i in range(18)]).save(
+            folder / "t.parquet"
+        )
+
+    def _write(self) -> None:
+        lines = ["filepath\ttitle\tlabel"]
+        karpathy: dict[str, Any] = {"images": [{"split": "train", "filename": "x.jpg", "sentences": []}]}
+        with tarfile.open(self.folder / "set.tar", "w") as tar:
+            for path, captions, label in zip(self.images, self.captions, self.labels):
+                lines += [f"{path}\t{caption}\t{label}" for caption in captions]
+                sentences = [{"raw": caption} for caption in captions]
+                karpathy["images"].append({"split": "test", "filename": path.name, "sentences": sentences})
+                number = str(ANIMALS.index(label))
+                for suffix, content in (("png", path.read_bytes()), ("txt", "\n".join(captions).encode()),
+                                        ("cls", number.encode())):  # fmt: skip
+                    member = tarfile.TarInfo(f"{path.stem}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        (self.folder / "set.tsv").write_text("\n".join(lines) + "\n")
+        (self.folder / "dataset.json").write_text(json.dumps(karpathy))
+        (self.folder / "classes.txt").write_text("\n".join(ANIMALS) + "\n")
+
+    def run(self, *arguments: object, name: Optional[str] = "out.json") -> dict[str, Any]:
+        output = self.folder / (name or "run/mmts_eval.json")
+        flags = ["-o", output, "--force"] if name else ["--force"]
+        assert main([*map(str, ["eval", *arguments, "--resamples", 50, "--device", "cpu", *flags])]) == 0
+        return json.loads(output.read_text())
+
+    def from_model(self, *arguments: object, name: Optional[str] = "out.json") -> dict[str, Any]:
+        return self.run(*arguments, "--model", self.model, "--checkpoint", self.checkpoint, name=name)
+
+    def from_features(self, *arguments: object) -> dict[str, Any]:
+        features = ("--image-features", self.folder / "images.npy", "--text-features", self.folder / "texts.npy")
+        return self.run(*arguments, *features)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, small_model: str) -> Set:
+    return Set(tmp_path_factory.mktemp("set"), small_model)
+
+
+def values(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry["value"] for name, entry in result["metrics"].items()}
+
+
+# --- every road to the same numbers -----------------------------------------------------------------------------------
+
+
+def test_every_form_of_a_set_gives_the_same_numbers(images: Set) -> None:
+    from mmts_plugins.retrieval import image_text_recall
+
+    expected = images.from_model(images.folder / "set.tsv", name=None)
+    features = [torch.from_numpy(np.load(images.folder / f"{name}.npy")) for name in ("images", "texts")]
+    recall = image_text_recall(*features, torch.arange(24) // 3)
+    for way, by_k in recall.items():
+        for k, share in by_k.items():
+            assert expected["metrics"][f"{way}_R@{k}"]["value"] == share
+    assert 0 < expected["metrics"]["image_to_text_R@5"]["value"] < 1  # the comparison says something
+    for result in (
+        images.from_model(images.folder / "dataset.json", "--image-root", images.folder),
+        images.from_model(images.folder / "set.tar"),
+        images.from_features(images.folder / "set.tsv"),
+        images.from_features("--text-image", images.folder / "owner.txt"),
+        images.from_features("--text-image", images.folder / "owner.npy"),
+    ):
+        assert result["metrics"] == expected["metrics"]
+        assert result["queries"] == {"image": {"n": 8}, "text": {"n": 24}}
+    assert expected["checkpoint"] == str(images.checkpoint)
+    assert expected["table_hash"] is None
+
+
+def test_a_table_adds_thirds(images: Set) -> None:
+    result = images.from_features(images.folder / "set.tsv", "--table", images.folder / "t.parquet")
+    assert result["table_hash"] == ClusterTable.load(images.folder / "t.parquet").content_hash
+    assert "6 of 24 captions are not in" in result["notes"][0]
+    for kind, counts in result["queries"].items():
+        assert sum(counts[third] for third in ("head", "mid", "tail")) == counts["n"], kind
+    # "a big sea 6" is nearest to "a big sea 2", "... old tree 7" to "... old tree 3": both in the middle.
+    assert result["queries"]["image"] == {"n": 8, "head": 2, "mid": 4, "tail": 2}
+    entry = result["metrics"]["text_to_image_R@5"]
+    parts = [entry[third] for third in ("head", "mid", "tail")]
+    assert entry["value"] == pytest.approx(sum(part["value"] * part["n"] for part in parts) / 24)
+
+
+def test_relevancy_of_pairs_is_reciprocal_rank(images: Set, tmp_path: Path) -> None:
+    """With one relevant image per caption, AP is one over the rank; by two file formats."""
+    matrix = (np.arange(8)[:, None] == np.arange(24) // 3).astype(float)
+    np.save(tmp_path / "r.npy", matrix)
+    np.savetxt(tmp_path / "r.csv", matrix, delimiter=",")
+    results = [images.from_features("--relevancy", tmp_path / name) for name in ("r.npy", "r.csv")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    found, texts = (torch.from_numpy(np.load(images.folder / f"{name}.npy")) for name in ("images", "texts"))
+    from mmts_plugins.retrieval import ranks
+
+    rank = ranks(texts, found, torch.arange(24) // 3, torch.arange(8)).double()
+    metrics = results[0]["metrics"]
+    assert metrics["text_to_image_mAP"]["value"] == pytest.approx((1 / (rank + 1)).mean().item())
+    assert metrics["mean_mAP"]["value"] == pytest.approx(
+        (metrics["text_to_image_mAP"]["value"] + metrics["image_to_text_mAP"]["value"]) / 2
+    )
+    assert metrics["mean_mAP"]["low"] is None
+
+
+def test_zero_shot_by_names_by_numbers_and_from_features(images: Set, tmp_path: Path) -> None:
+    from mmts_plugins.evaluation.model import encode_texts, load_model
+    from mmts_plugins.retrieval import class_embeddings
+
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a photo of a {}\na {c}\n")
+    common = ("--no-retrieval", "--classes", images.folder / "classes.txt")
+    by_name = images.from_model(images.folder / "set.tsv", *common, "--label-column", "label", "--templates", templates)
+    by_number = images.from_model(images.folder / "set.tar", *common, "--label-column", "cls", "--templates", templates)
+    assert by_name["metrics"] == by_number["metrics"]
+    net, _, tokenizer = load_model(images.model, images.checkpoint)
+    prompts = [text for name in ANIMALS for text in (f"a photo of a {name}", f"a {name}")]
+    classes = class_embeddings(encode_texts(net, tokenizer, prompts), torch.arange(8) // 2, 4)
+    np.save(tmp_path / "classes.npy", classes.numpy())
+    saved = images.run(images.folder / "set.tsv", *common, "--label-column", "label",
+                       "--image-features", images.folder / "images.npy",
+                       "--class-features", tmp_path / "classes.npy")  # fmt: skip
+    assert values(saved) == pytest.approx(values(by_name))
+    scores = torch.from_numpy(np.load(images.folder / "images.npy")) @ classes.T
+    hits = (scores.argmax(1) == torch.arange(8) % 4).double()
+    assert values(by_name) == {"zero_shot_top1": hits.mean().item(), "zero_shot_class_mean": hits.mean().item()}
+
+
+def test_captions_shared_by_a_class_count_once(images: Set, tmp_path: Path) -> None:
+    lines = ["filepath\ttitle\tlabel"]
+    lines += [f"{path}\ta {label}\t{label}" for path, label in zip(images.images, images.labels)]
+    (tmp_path / "shared.tsv").write_text("\n".join(lines) + "\n")
+    result = images.from_model(tmp_path / "shared.tsv", "--match-column", "label")
+    assert result["queries"] == {"image": {"n": 8}, "text": {"n": 4}}
+
+
+def test_images_in_a_compressed_tar_are_refused(images: Set, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = images.folder / "set.tar.gz"
+    packed.write_bytes(gzip.compress((images.folder / "set.tar").read_bytes()))
+    flags = ["--model", images.model, "--checkpoint", str(images.checkpoint), "-o", str(images.folder / "no.json")]
+    assert main(["eval", str(packed), *flags]) == 2
+    assert "images are read from plain .tar files on a disk" in capsys.readouterr().err
+
+
+def test_captions_per_image_takes_the_first(images: Set) -> None:
+    result = images.from_model(images.folder / "set.tsv", "--captions-per-image", 2)
+    assert result["queries"]["text"]["n"] == 16
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_share_is_the_textbooks() -> None:
+    hits = np.zeros(400)
+    hits[:100] = 1
+    entry = summarise([Measure("m", hits, mean, "q")], {"q": Queries(np.arange(400))}, 4000)["m"]
+    error = 1.96 * np.sqrt(0.25 * 0.75 / 400)
+    assert (entry["value"], entry["n"]) == (0.25, 400)
+    assert entry["low"] == pytest.approx(0.25 - error, abs=0.005)
+    assert entry["high"] == pytest.approx(0.25 + error, abs=0.005)
+
+
+def test_captions_of_one_image_are_drawn_together() -> None:
+    """Five equal captions per image say no more than one: the interval is that of the images."""
+    hits = np.random.default_rng(0).integers(2, size=200).astype(float)
+    one = summarise([Measure("m", hits, mean, "q")], {"q": Queries(np.arange(200))}, 500)["m"]
+    five = summarise([Measure("m", hits.repeat(5), mean, "q")], {"q": Queries(np.arange(200).repeat(5))}, 500)["m"]
+    assert {**five, "n": 200} == pytest.approx(one)
+
+
+def test_intervals_follow_the_seed_and_may_be_left_out() -> None:
+    measures = [Measure("m", np.arange(50.0), median, "q")]
+    queries = {"q": Queries(np.arange(50), np.zeros(50, int))}
+    one, same, other = (summarise(measures, queries, 100, seed)["m"] for seed in (0, 0, 1))
+    assert one == same != other
+    assert one["tail"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert one["head"] == {key: one[key] for key in ("value", "low", "high", "n")}
+    assert summarise(measures, queries, 0)["m"]["low"] is None
+    assert summarise(measures, {"q": Queries(np.zeros(50, int))}, 100)["m"]["low"] is None
+
+
+def test_class_mean_weighs_classes_alike() -> None:
+    rows = np.array([[0, 1], [0, 1], [0, 1], [2, 0]])
+    assert class_mean(rows) == 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_thirds_are_those_of_the_training_samples(seed: int) -> None:
+    random_ = np.random.default_rng(seed)
+    sizes, count = random_.integers(1, 8, 40), random_.integers(1, 30, 40)
+    table = ClusterTable.build([str(i) for i in range(40)], np.arange(40), sizes, count)
+    everyone = np.sort(np.repeat(sizes, count))[::-1]
+    asked = np.arange(0, 9.5, 0.5)
+    for value, third in zip(asked, table.thirds(asked)):
+        commoner, equal = (everyone > value).sum(), (everyone == value).sum()
+        assert third == min(int(3 * (commoner + equal / 2) / len(everyone)), 2), value
+
+
+def test_thirds_of_a_table_without_a_tail() -> None:
+    assert ClusterTable.build(["a", "b"], [0, 1], [5, 5]).thirds(np.array([5, 6, 4])).tolist() == [1, 0, 2]
+
+
+# --- frequencies ------------------------------------------------------------------------------------------------------
+
+
+def test_an_unseen_caption_is_as_common_as_its_nearest() -> None:
+    table = ClusterTable.build(["a dog runs", "the deep sea", "an old tree"], [0, 1, 2], [9, 4, 1])
+    found, notes = frequency.of_captions(table, ["the deep sea", "deep sea", "one old tree", "a dog runs"])
+    assert found.tolist() == [4, 4, 1, 9]
+    assert notes[0].startswith("2 of 4 captions are not in")
+    assert frequency.of_captions(table, ["a dog runs"])[1] == []
+
+
+def test_an_unseen_class_belongs_to_the_tail() -> None:
+    table = ClusterTable.build(["0", "1", "2"], [0, 1, 2], [9, 4, 2], [9, 4, 2], CLASS)
+    found, notes = frequency.of_classes(table, ["0", "7", "2"])
+    assert table.thirds(found).tolist() == [0, 2, 2]
+    assert "1 samples are of classes" in notes[0]
+    with pytest.raises(MMTSError, match="holds none of the 1 classes, such as 'dog'"):
+        frequency.of_classes(table, ["dog"])
+
+
+# --- EPIC-KITCHENS-100 ------------------------------------------------------------------------------------------------
+
+EK100 = [
+    ("P01_1", "take plate", 0, 2, [2]),
+    ("P01_2", "take plates and cup", 0, 2, [2, 13]),
+    ("P01_3", "take plate", 0, 2, [2]),
+    ("P01_4", "stir", 10, 34, [34]),
+    ("P01_5", "stir", 10, 12, [12]),  # its action has no narration of its own: becomes a caption all the same
+]
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    lines = ["narration_id,narration,verb_class,noun_class,all_noun_classes"]
+    lines += [f'{i},{text},{verb},{noun},"{nouns}"' for i, text, verb, noun, nouns in EK100]
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "clips.csv"
+
+
+def test_ek100_relevancy_is_the_mean_of_two_intersections_over_unions(annotations: Path) -> None:
+    found = relevancy.read_ek100(str(annotations), None)
+    assert found.clip_of.tolist() == [0, 1, 3, 4]
+    assert found.labels == ["2", "2", "2", "34", "12"]
+    expected = np.zeros((5, 4))
+    for row, (*_, verb, _, nouns) in enumerate(EK100):
+        for column, (*_, other, _, others) in enumerate(EK100[i] for i in (0, 1, 3, 4)):
+            shared = len(set(nouns) & set(others)) / len(set(nouns) | set(others))
+            expected[row, column] = ((verb == other) + shared) / 2
+    both = found.relevancy()
+    np.testing.assert_allclose(both.of_images(0, 5).numpy(), expected)
+    np.testing.assert_allclose(both.of_texts(1, 3).numpy(), expected.T[1:3])
+    sentences = annotations.parent / "sentences.csv"
+    sentences.write_text("narration_id,narration\nP01_4,stir\nP01_1,take plate\n")
+    assert relevancy.read_ek100(str(annotations), str(sentences)).clip_of.tolist() == [3, 0]
+
+
+def test_ek100_takes_a_text_for_each_clip_or_each_caption(annotations: Path) -> None:
+    points = np.random.default_rng(0).normal(size=(5, 4))
+    folder = annotations.parent
+    np.save(folder / "all.npy", points + 0.1)
+    np.save(folder / "some.npy", (points + 0.1)[[0, 1, 3, 4]])
+    np.save(folder / "clips.npy", points)
+    ClusterTable.build(["2", "34"], [0, 1], [9, 4], [9, 4], CLASS).save(folder / "nouns.parquet")
+    results = []
+    for name in ("all", "some"):
+        flags = [
+            "--ek100",
+            annotations,
+            "--image-features",
+            folder / "clips.npy",
+            "--text-features",
+            folder / f"{name}.npy",
+        ]
+        flags += ["--table", folder / "nouns.parquet", "-o", folder / f"{name}.json", "--resamples", 20]
+        assert main(["eval", *map(str, flags)]) == 0
+        results.append(json.loads((folder / f"{name}.json").read_text()))
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["queries"]["text"] == {"n": 4, "head": 0, "mid": 2, "tail": 2}
+
+
+def test_the_published_ek100_set_has_3842_captions() -> None:
+    folder = Path(os.environ.get("MMTS_DATA", REPOSITORY.parent / "shared" / "data"))
+    path = folder / "ek100" / "EPIC_100_retrieval_test.csv"
+    if not path.is_file():
+        pytest.skip(f"no EPIC-KITCHENS-100 annotations at {path} (set MMTS_DATA)")
+    found = relevancy.read_ek100(str(path), None)
+    assert (len(found.labels), len(found.captions)) == (9668, 3842)
+    own = found.relevancy().of_texts(0, 3842)[np.arange(3842), found.clip_of]
+    assert (own == 1).all()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "nothing": ("", "nothing to evaluate: give --model and --checkpoint"),
+    "no data": ("--model m --checkpoint {run}", "no data given"),
+    "no checkpoint": ("{tsv} --model {model} --checkpoint nowhere.pt", "nowhere.pt: no such checkpoint"),
+    "foreign checkpoint": ("{tsv} --model {model} --checkpoint {foreign}", "cannot be loaded into --model"),
+    "code in checkpoint": ("{tsv} --model {model} --checkpoint {pickle}", "cannot be loaded into --model"),
+    "no model": ("{tsv} --model no-such --checkpoint {run}", "--model no-such: cannot be made"),
+    "no image": ("{lost} --model {model} --checkpoint {run}", "lost.png: cannot read the image"),
+    "no column": ("{tsv} --image-column url --model {model} --checkpoint {run}", "no column 'url' (--image-column)"),
+    "split": ("{json} --split val --model {model} --checkpoint {run}", "no split 'val' (--split); found: test, train"),
+    "text file": ("{owner} --model {model} --checkpoint {run}", "a text file names no images"),
+    "pickled relevancy": ("{saved} --relevancy {pickle}.pkl", "a pickle can run any code when it is opened"),
+    "relevancy shape": ("{saved} --relevancy {texts}", "expected [8, 24] for 8 images and 24 captions"),
+    "whose captions": ("{saved}", "8 images and 24 captions: whose is each caption?"),
+    "owner out of range": ("{saved} --text-image {far}", "numbers from 0 to 99 for 8 images"),
+    "table alone": ("{saved} --table {table} --text-image {owner}", "--table needs DATA (or --ek100)"),
+    "both": ("{tsv} {saved} --model m", "--model has no effect with --image-features"),
+    "labels": ("{tsv} --classes {owner} --label-column label --model {model} --checkpoint {run}", "occurs twice"),
+    "unlabelled": (
+        "{tsv} --classes {owner} --model {model} --checkpoint {run}",
+        "--classes needs DATA and --label-column",
+    ),
+    "template": (
+        "{tsv} --classes {classes} --label-column label --templates {owner} --model {model} --checkpoint {run}",
+        "needs one {} (or {c})",
+    ),
+    "exists": ("{saved} --text-image {owner} -o {tsv}", "exists already; pass --force"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(
+    case: str, images: Set, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags, message = REFUSED[case]
+    torch.save({"state_dict": {"other": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    for name in ("bomb", "bomb.pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "far.txt").write_text("\n".join(["0", "99", *["1"] * 22]))
+    (tmp_path / "lost.tsv").write_text("filepath\ttitle\nlost.png\ta dog\n")
+    folder = images.folder
+    places = {
+        "tsv": folder / "set.tsv",
+        "json": folder / "dataset.json",
+        "run": images.checkpoint,
+        "model": images.model,
+        "foreign": tmp_path / "foreign.pt",
+        "pickle": tmp_path / "bomb",
+        "lost": tmp_path / "lost.tsv",
+        "owner": folder / "owner.txt",
+        "classes": folder / "classes.txt",
+        "texts": folder / "texts.npy",
+        "far": tmp_path / "far.txt",
+        "table": folder / "t.parquet",
+        "saved": f"--image-features {folder / 'images.npy'} --text-features {folder / 'texts.npy'}",
+    }
+    arguments = flags.format_map(places).split()
+    before = sorted(tmp_path.iterdir())
+    assert main(["eval", *arguments, *([] if "-o" in arguments else ["-o", "out.json"])]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before, "something was written, or a pickle was run"
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, ("bombed", "w"))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, mmts_plugins.evaluation.command; "
+        "print([name for name in ('torch', 'sklearn', 'pandas', 'open_clip') if name in sys.modules])"
+    )
+    assert run_python("-c", code).stdout.strip() == "[]"
