@@ -17,6 +17,7 @@ from typing import IO, Any, Optional, cast
 import numpy as np
 
 from ..errors import ConfigError, MMTSError
+from .rows import Rows, release
 
 FORMATS = ("auto", "csv", "text", "json", "parquet", "webdataset")
 _FORMAT_OF_SUFFIX = {
@@ -416,6 +417,33 @@ def read_embeddings(path: str, tensor: Optional[str] = None) -> np.ndarray:
     return points
 
 
+def read_embedding_parts(path: str, tensor: Optional[str] = None) -> Rows:
+    """:func:`read_embeddings` of a file, or of all ``.npy`` files of a folder in the order of their names."""
+    if not Path(path).is_dir():
+        return Rows(read_embeddings(path, tensor))
+    files = sorted(Path(path).glob("*.npy"))
+    if not files:
+        raise MMTSError(f"{path}: the folder holds no .npy file (--embeddings)")
+    parts = [read_embeddings(str(file), tensor) for file in files]
+    for file, part in zip(files, parts):
+        if part.shape[1] != parts[0].shape[1]:
+            raise MMTSError(
+                f"{file}: {part.shape[1]} dimensions, but {files[0].name} has {parts[0].shape[1]}; all parts must come "
+                "from one encoder"
+            )
+    return Rows(parts)
+
+
+def refuse_blank(captions: Sequence[str], source: str, keep: Optional[bool]) -> None:
+    """Raise an MMTSError where captions are blank, unless they are to be kept."""
+    blank = [number for number, caption in enumerate(captions, 1) if not caption.strip()]
+    if blank and not keep:
+        raise MMTSError(
+            f"{source}: {len(blank)} samples have a blank caption (the first: sample {blank[0]}); drop them from the "
+            "training set too, or pass --keep-blank to keep them as one caption"
+        )
+
+
 def _load_npy(path: str) -> np.ndarray:
     try:
         points = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -449,6 +477,7 @@ def check_finite(points: np.ndarray, source: str) -> None:
     step = 65536  # the mask of a mapped file must not be as large as the file
     for start in range(0, len(points), step):
         finite = np.isfinite(points[start : start + step]).all(axis=1)
+        release(points)
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise MMTSError(f"{source}: row {row} (counting from 0) holds a NaN or an infinity; fix or drop it")
