@@ -76,10 +76,10 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "threads": 2,
 }
-_INPUT = ("data", "train_data", "column", "label_column", "keep_blank")
-_ENCODING = ("encoder", "batch_size", "no_cache")
+INPUT = ("data", "train_data", "column", "label_column", "keep_blank")
+ENCODING = ("encoder", "batch_size", "no_cache")
 _DENSITY = ("radius", "neighbours", "references")
-_RECIPE = ("estimator", "clusters", "runs", "seed", "threads", "algorithm", "fit_rows", *_DENSITY)
+RECIPE = ("estimator", "clusters", "runs", "seed", "threads", "algorithm", "fit_rows", *_DENSITY)
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -322,18 +322,18 @@ def check_flags(args: argparse.Namespace) -> None:
                 raise ConfigError(f"{flag} has no effect {why}; drop one of the two")
 
     if args.class_counts:
-        refuse((*_INPUT, "embeddings", "tensor", "device", *_ENCODING, *_RECIPE), "with --class-counts")
+        refuse((*INPUT, "embeddings", "tensor", "device", *ENCODING, *RECIPE), "with --class-counts")
         return
     if args.data is not None:
         refuse(("train_data",), "beside DATA")
     elif args.train_data is None:
         raise ConfigError("no captions given: mmts cluster DATA -o FILE (or --class-counts); see mmts cluster --help")
     if args.label_column:
-        refuse(("embeddings", "tensor", "device", "keep_blank", *_ENCODING, *_RECIPE),
+        refuse(("embeddings", "tensor", "device", "keep_blank", *ENCODING, *RECIPE),
                "with --label-column, which makes no clusters")  # fmt: skip
         return
     if args.embeddings:
-        refuse(_ENCODING, "with --embeddings")
+        refuse(ENCODING, "with --embeddings")
     else:
         refuse(("tensor",), "without --embeddings")
     estimator = args.estimator or _DEFAULTS["estimator"]
