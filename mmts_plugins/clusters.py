@@ -132,16 +132,10 @@ class ClusterTable:
     @cached_property
     def content_hash(self) -> str:
         """Hash of what training reads (keys, clusters, frequencies), whatever the file's layout or compression."""
-        digest = hashlib.blake2b(digest_size=16)
-        lengths = pc.binary_length(self.keys).to_numpy(zero_copy_only=False).astype("<i8")
-        text = self.keys.buffers()[2]
-        offsets = np.frombuffer(self.keys.buffers()[1], np.int64)[self.keys.offset : self.keys.offset + len(self) + 1]
-        digest.update(self.kind.encode())
-        digest.update(lengths.tobytes())
-        if text is not None:
-            digest.update(memoryview(text)[int(offsets[0]) : int(offsets[-1])])
-        digest.update(self.cluster.astype("<i4").tobytes())
-        digest.update(self.frequency.astype("<f8").tobytes())
+        digest = ContentHash(self.kind)
+        for column, values in (("length", self.keys), ("key", self.keys), ("cluster", self.cluster),
+                               ("frequency", self.frequency)):  # fmt: skip
+            digest.add(column, values)
         return digest.hexdigest()
 
     def shifts(self, shift_min: float, shift_max: float) -> np.ndarray:
@@ -161,8 +155,13 @@ class ClusterTable:
             means.append(float(np.average(values[order], weights=inside)))
         return means[0], means[1], means[2]
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: PathLike, whole: Optional[dict[str, Any]] = None) -> None:
         """Write one Parquet file (readable by any tool), whole or not at all.
+
+        Args:
+            path: the file.
+            whole: where this is one part of a table in a folder: ``clusters`` and ``samples`` of all of it, and how
+                many ``parts`` there are.
 
         Raises:
             TableError: the file cannot be written; whatever stood there before still does.
@@ -176,6 +175,7 @@ class ClusterTable:
             "frequency_min": float(self.frequency.min()),
             "frequency_max": float(self.frequency.max()),
             "content_hash": self.content_hash,
+            **(whole or {}),
         }
         table = pa.table(
             {"key": self.keys, "cluster": self.cluster, "frequency": self.frequency, "count": self.count}
@@ -203,17 +203,13 @@ class ClusterTable:
         for part in parts:
             try:
                 schema = pq.read_schema(part)
-                missing = {"key", "cluster", "frequency"} - set(schema.names)
-                if missing:
-                    raise TableError(
-                        f"{part}: not a cluster table: column {sorted(missing)[0]!r} is missing (found: "
-                        f"{', '.join(schema.names[:8])}); make one with: mmts cluster"
-                    )
+                check_columns(part, schema.names)
                 columns = [name for name in ("key", "cluster", "frequency", "count") if name in schema.names]
                 tables.append(pq.read_table(part, columns=columns))
             except (pa.ArrowException, OSError) as error:
                 raise TableError(f"{part}: not a readable Parquet file (truncated or foreign?): {error}") from error
-        info = _info(tables[0], parts[0])
+        info = part_info(tables[0].schema, parts[0])
+        check_parts(source, info, len(parts))
         table = pa.concat_tables([part.replace_schema_metadata(None) for part in tables]).combine_chunks()
         for name in table.column_names:
             if table.column(name).null_count:
@@ -233,9 +229,49 @@ class ClusterTable:
         kind = info.pop("kind", CAPTION)
         loaded = cls(keys, cluster, frequency, count, kind, info, str(source))
         stated = info.get("content_hash")
-        if stated is not None and len(parts) == 1 and stated != loaded.content_hash:
+        if len(parts) > 1:
+            info.pop("content_hash", None)  # of the first part alone
+        elif stated is not None and stated != loaded.content_hash:
             raise TableError(f"{source}: the content does not match its own hash; the file was changed or damaged")
         return loaded
+
+
+class ContentHash:
+    """:attr:`ClusterTable.content_hash`, a piece at a time: all lengths, then all keys, clusters and frequencies."""
+
+    def __init__(self, kind: str) -> None:
+        self._digest = hashlib.blake2b(kind.encode(), digest_size=16)
+
+    def add(self, column: str, values: Any) -> None:
+        """The next piece of ``length`` or ``key`` (both from an Arrow array of large strings), or a number column."""
+        if column == "length":
+            self._digest.update(pc.binary_length(values).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        elif column == "key":
+            offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+            text = values.buffers()[2]
+            if text is not None and len(offsets):
+                self._digest.update(memoryview(text)[int(offsets[0]) : int(offsets[-1])])
+        else:
+            self._digest.update(values.astype({"cluster": "<i4", "frequency": "<f8"}[column]).tobytes())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def check_columns(part: Path, names: Sequence[str]) -> None:
+    """Raise a TableError unless the columns of a cluster table are among ``names``."""
+    missing = {"key", "cluster", "frequency"} - set(names)
+    if missing:
+        raise TableError(
+            f"{part}: not a cluster table: column {sorted(missing)[0]!r} is missing (found: "
+            f"{', '.join(names[:8])}); make one with: mmts cluster"
+        )
+
+
+def check_parts(source: Path, info: dict[str, Any], found: int) -> None:
+    """Raise a TableError where a folder holds more or fewer parts than its table has."""
+    if info.get("parts", found) != found:
+        raise TableError(f"{source}: holds {found} parts of a table of {info['parts']}; copy the whole folder")
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
@@ -243,8 +279,9 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
-def _info(table: pa.Table, part: Path) -> dict[str, Any]:
-    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+def part_info(schema: pa.Schema, part: Path) -> dict[str, Any]:
+    """The metadata that a part of a table carries; empty where another tool wrote it."""
+    raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
         return {}
     try:

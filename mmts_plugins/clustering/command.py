@@ -102,6 +102,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", required=True, metavar="FILE", help="the table (Parquet)")
     add("--force", action="store_true", help="replace an existing FILE")
+
+    add = parser.add_argument_group("scale").add_argument
+    add("--engine", choices=("local", "ray"), default="local",
+        help="ray: Parquet or WebDataset of any size on Ray Data; -o names a folder, and a killed run goes on where it "
+        "was; see docs/scale.md")  # fmt: skip
+    add("--workers", type=_positive, metavar="N", help="processes of --engine ray; default: all CPUs")
     parser.set_defaults(run=run)
     return parser
 
@@ -165,8 +171,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make, write and describe the table."""
     check_flags(args)
-    _check_output(args.output, args.force)
+    _check_output(args.output, args.force, folder=args.engine == "ray")
     try:
+        if args.engine == "ray":
+            return _run_on_ray(with_defaults(args))
         table, notes = _make(with_defaults(args))
     except ImportError as error:
         raise MMTSError(f"mmts cluster needs {error.name}: pip install 'mmts-plugins[cluster]'") from error
@@ -177,6 +185,22 @@ def run(args: argparse.Namespace) -> int:
     from .summary import summarise
 
     print(summarise(table, args.output))
+    return 0
+
+
+def _run_on_ray(args: argparse.Namespace) -> int:
+    from . import encoders, ray_engine
+    from .stages import Job
+
+    source, recipe = source_of(args), recipe_of(args)
+    if source.resolved_format() not in ("webdataset", "parquet"):
+        _say(f"warning: {source.data}: only Parquet and WebDataset are read in parallel and in bounded memory")
+    job = Job(f"{args.output.rstrip('/')}.work", source, args.encoder, args.batch_size, args.device, not args.no_cache,
+              bool(args.keep_blank), recipe)  # fmt: skip
+    info = _info("k-means", source.data, packages=("ray", "torch", *encoders.packages(args.encoder)),
+                 encoder=encoders.public_name(args.encoder), column=args.column, **recipe.record())  # fmt: skip
+    measured = ray_engine.build(job, args.output, info, args.workers)
+    print(f"stability: {measured['verdict']}\nWritten to {args.output}, a folder of Parquet parts.")
     return 0
 
 
@@ -336,6 +360,16 @@ def check_flags(args: argparse.Namespace) -> None:
         refuse(ENCODING, "with --embeddings")
     else:
         refuse(("tensor",), "without --embeddings")
+    ray = getattr(args, "engine", "local") == "ray"
+    if ray and (args.embeddings or args.encoder == "tfidf" or args.algorithm not in (None, "sample")):
+        raise ConfigError(
+            "--engine ray embeds captions one by one and fits on a sample: not with --embeddings, --encoder tfidf or "
+            "another --algorithm"
+        )
+    if ray and args.estimator not in (None, "kmeans"):
+        raise ConfigError(f"--engine ray has --estimator kmeans only, not {args.estimator}")
+    if not ray and getattr(args, "workers", None) is not None:
+        raise ConfigError("--workers has no effect without --engine ray; drop one of the two")
     estimator = args.estimator or _DEFAULTS["estimator"]
     wanted = {"kmeans": (), "radius": ("radius", "references"), "knn": ("neighbours", "references")}[estimator]
     refuse([name for name in _DENSITY if name not in wanted], f"with --estimator {estimator}")
@@ -343,18 +377,20 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"--radius {args.radius} is not a cosine similarity: above -1, at most 1")
 
 
-def _check_output(output: str, force: bool) -> None:
+def _check_output(output: str, force: bool, folder: bool) -> None:
     """Say before the long work, not after it, that the table cannot be written."""
     target = Path(output)
-    if target.is_dir():
+    if folder and target.is_dir() and not any(target.glob("part-*.parquet")) and any(target.iterdir()):
+        raise ConfigError(f"{output}: a folder that is no cluster table; -o/--output names the folder of the table")
+    if target.is_dir() and not folder:
         raise ConfigError(f"{output}: is a folder; -o/--output names the file of the table")
     if target.exists() and not force:
         raise ConfigError(f"{output}: exists already; pass --force to replace it, or another -o/--output")
-    folder = target.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"{output}: cannot be written, {folder} is not a writable folder (-o/--output)")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{output}: cannot be written, {parent} is not a writable folder (-o/--output)")
 
 
 def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: Any) -> dict[str, Any]:
@@ -369,7 +405,7 @@ def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: A
 
 
 def _name(data: str) -> str:
-    """The file's name alone: folders, commands and signed URLs are nobody's business in a table that is shared."""
+    """The file's name alone: parents, commands and signed URLs are nobody's business in a table that is shared."""
     return data.rsplit("/", 1)[-1].partition("?")[0]
 
 

@@ -23,7 +23,7 @@ STEADY, USABLE = 0.9, 0.7
 
 _PAIRS = 20
 _SPLITS = 20
-_ROWS = 100_000  # more captions than these make a correlation no surer
+ROWS = 100_000  # more captions than these make a correlation no surer
 
 
 def spearman(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
@@ -107,8 +107,8 @@ def of_runs(done: Estimate, weight: np.ndarray, recipe: Recipe) -> dict[str, Any
     runs, draw = done.runs, np.random.default_rng(0)
     if runs > 1:
         rows = np.arange(len(weight))
-        if len(rows) > _ROWS:
-            rows = np.sort(draw.choice(rows, _ROWS, replace=False))
+        if len(rows) > ROWS:
+            rows = np.sort(draw.choice(rows, ROWS, replace=False))
         weight = weight[rows]
         single = [done.mean([run])[rows] for run in range(runs)]
         pairs = [(i, j) for i in range(runs) for j in range(i)]
