@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree
 from ..errors import ConfigError, SeamError, TableError
+from ..large import LargeTable, open_table
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
@@ -127,9 +128,9 @@ class Run:
         if self.config.distribution is not None:
             raise ConfigError("--mmts-distribution counts AVION's classes; OpenCLIP takes --mmts-clusters")
         _refuse_unsupported(args)
-        self.table: Optional[ClusterTable] = None
+        self.table: Union[ClusterTable, LargeTable, None] = None
         if self.config.clusters is not None:
-            self.table = ClusterTable.load(self.config.clusters)
+            self.table = open_table(self.config.clusters)
             if self.table.kind != CAPTION:
                 raise TableError(
                     f"{self.table.source}: a table of class ids, but OpenCLIP's samples are found by caption; make one "
@@ -190,8 +191,8 @@ class Run:
                 "MM-TS: %s: %d captions in %d clusters, %d samples, hash %s",
                 self.table.source,
                 len(self.table),
-                len(self.table.sizes),
-                self.table.count.sum(),
+                self.table.clusters,
+                self.table.samples,
                 self.table.content_hash,
             )
         if self.lookup is not None and self.lookup.merged:

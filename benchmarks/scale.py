@@ -63,7 +63,7 @@ def start(table: str) -> None:
     """What a host does at its start: open the table, build or map the index, look a batch up."""
     import torch
 
-    from mmts_plugins.clusters import open_table
+    from mmts_plugins.large import open_table
     from mmts_plugins.lookup import TokenLookup
 
     def tokenizer(texts: list[str]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union, cast
+from typing import Any, NamedTuple, Optional, TypeVar, Union, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ CAPTION = "caption"
 CLASS = "class"
 _METADATA_KEY = b"mmts"
 _FORMAT = 1
+_ROW_GROUP = 65_536  # what a reader in a stream holds at a time
 
 Sizes = TypeVar("Sizes", bound=Union[torch.Tensor, np.ndarray])
 
@@ -57,6 +58,17 @@ def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_
     if low == high:
         return cast(Sizes, np.full_like(values, (shift_min + shift_max) / 2))
     return cast(Sizes, (values - low) / (high - low) * (shift_max - shift_min) + shift_min)
+
+
+class Summary(NamedTuple):
+    """Frequencies in a few numbers: the extremes over keys, and means over samples (all, and each third by rank)."""
+
+    low: float
+    high: float
+    mean: float
+    head: float
+    middle: float
+    tail: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +150,23 @@ class ClusterTable:
             digest.add(column, values)
         return digest.hexdigest()
 
+    @property
+    def clusters(self) -> int:
+        """How many clusters there are."""
+        return len(self.sizes)
+
+    @property
+    def samples(self) -> int:
+        """How many training samples all keys stand for."""
+        return int(self.count.sum())
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The frequencies over training samples in a few numbers."""
+        mean = float(np.average(self.frequency, weights=self.count))
+        low, high = float(self.frequency.min()), float(self.frequency.max())
+        return Summary(low, high, mean, *self.third_means(self.frequency))
+
     def shifts(self, shift_min: float, shift_max: float) -> np.ndarray:
         """``[M]`` float64: Eq. 6 for every key, with the minimum and maximum over the whole table."""
         return cluster_shift(self.frequency, shift_min, shift_max)
@@ -182,7 +211,7 @@ class ClusterTable:
         ).replace_schema_metadata({_METADATA_KEY: json.dumps(info, sort_keys=True).encode()})
         try:
             with replacing(path) as temporary:
-                pq.write_table(table, temporary, compression="zstd")
+                pq.write_table(table, temporary, compression="zstd", row_group_size=_ROW_GROUP)
         except OSError as error:
             raise TableError(f"{path}: cannot write the cluster table: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Union
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .clusters import ClusterTable, cluster_shift
 from .config import Config
+from .large import LargeTable
 from .presets import MAX_MARGIN
 from .schedule import CosineSchedule
 
@@ -28,7 +29,7 @@ class Runtime:
     def __init__(
         self,
         config: Config,
-        table: Optional[ClusterTable],
+        table: Union[ClusterTable, LargeTable, None],
         frequencies: np.ndarray,
         total_steps: int,
         device: torch.device,
@@ -43,12 +44,13 @@ class Runtime:
             shifts = np.full(len(frequencies), middle)
             self.mean_shift = self.head_shift = self.tail_shift = middle
         else:
-            # Minimum and maximum over the whole table (Eq. 6), also over keys that a tokenizer merged away.
-            span = np.array([table.frequency.min(), table.frequency.max()])
-            shifts = cluster_shift(np.concatenate([frequencies, span]), config.shift_min, config.shift_max)[:-2]
-            per_key = table.shifts(config.shift_min, config.shift_max)
-            self.mean_shift = float(np.average(per_key, weights=table.count))
-            self.head_shift, _, self.tail_shift = table.third_means(per_key)
+            # Minimum and maximum over the whole table (Eq. 6), also over keys that a tokenizer merged away. Shifts are
+            # linear in the frequency, so the mean shift is that of the mean frequency.
+            about = table.summary
+            extra = np.array([about.low, about.high, about.mean, about.head, about.tail])
+            every = cluster_shift(np.concatenate([frequencies, extra]), config.shift_min, config.shift_max)
+            shifts = every[: len(frequencies)]
+            self.mean_shift, self.head_shift, self.tail_shift = every[-3:].tolist()
         absent = self.mean_shift if config.missing == "mean" or config.no_shifts else config.shift_min
         # float64, so that the sum of Eq. 8 is exact to the loss's own precision; MPS knows no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64

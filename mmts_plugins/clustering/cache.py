@@ -15,9 +15,8 @@ from typing import Optional
 
 import numpy as np
 
-from .._files import replacing
+from .._files import cache_folder, replacing
 from ..errors import MMTSError
-from ..lookup import cache_folder
 from .rows import Rows
 
 logger = logging.getLogger(__name__)

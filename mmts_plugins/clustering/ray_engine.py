@@ -102,7 +102,8 @@ class _Pool:
             done = data.map_batches(_Actor, batch_size=1, num_cpus=1, num_gpus=1 if gpus else 0, **options)
         else:
             given = {"job": self._job, "stage": stage}
-            done = data.map_batches(_task, batch_size=1, num_cpus=1, concurrency=self._size, fn_kwargs=given)
+            task: Any = _task
+            done = data.map_batches(task, batch_size=1, num_cpus=1, concurrency=self._size, fn_kwargs=given)
         for row in done.iter_rows():
             if row["error"]:
                 raise MMTSError(row["error"])
