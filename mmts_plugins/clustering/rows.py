@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import MMTSError
 
-_GATHER = 4096
+_GATHER = 512  # rows; each maps the pages around it, 64 KiB or so
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64
 
 
