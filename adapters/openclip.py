@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node
 from ..errors import ConfigError, SeamError, TableError
+from ..large import LargeTable, open_table
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
@@ -125,9 +126,9 @@ class Run:
         self.config: Config = resolve(flags, FAMILY, DEFAULT_PRESETS)
         self.allow_change = bool(flags.get("mmts_allow_config_change"))
         _refuse_unsupported(args)
-        self.table: Optional[ClusterTable] = None
+        self.table: Union[ClusterTable, LargeTable, None] = None
         if self.config.clusters is not None:
-            self.table = ClusterTable.load(self.config.clusters)
+            self.table = open_table(self.config.clusters)
             if self.table.kind != CAPTION:
                 raise TableError(
                     f"{self.table.source}: a table of class ids, but OpenCLIP's samples are found by caption; make one "
@@ -184,8 +185,8 @@ class Run:
                 "MM-TS: %s: %d captions in %d clusters, %d samples, hash %s",
                 self.table.source,
                 len(self.table),
-                len(self.table.sizes),
-                self.table.count.sum(),
+                self.table.clusters,
+                self.table.samples,
                 self.table.content_hash,
             )
         if self.lookup is not None and self.lookup.merged:

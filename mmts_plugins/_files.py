@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and where they are cached."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Union
 
 PathLike = Union[str, "os.PathLike[str]"]
+
+
+def cache_folder() -> Path:
+    """``$MMTS_CACHE``, else ``mmts-plugins`` in the user's cache folder."""
+    if "MMTS_CACHE" in os.environ:
+        return Path(os.environ["MMTS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmts-plugins"
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from . import doctor
     from .clustering import command as cluster
+    from .clustering import stability_command as stability
     from .compare import command as compare
     from .demo import command as demo
     from .evaluation import command as evaluation
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mmts-plugins {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     cluster.add_parser(commands)
+    stability.add_parser(commands)
     launcher = commands.add_parser(
         "run",
         help="start a host with the plugin armed, without the start-up file",

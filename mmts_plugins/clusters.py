@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union, cast
+from typing import Any, NamedTuple, Optional, TypeVar, Union, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ CAPTION = "caption"
 CLASS = "class"
 _METADATA_KEY = b"mmts"
 _FORMAT = 1
+_ROW_GROUP = 65_536  # what a reader in a stream holds at a time
 
 Sizes = TypeVar("Sizes", bound=Union[torch.Tensor, np.ndarray])
 
@@ -57,6 +58,20 @@ def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_
     if low == high:
         return cast(Sizes, np.full_like(values, (shift_min + shift_max) / 2))
     return cast(Sizes, (values - low) / (high - low) * (shift_max - shift_min) + shift_min)
+
+
+class Summary(NamedTuple):
+    """Frequencies in a few numbers: the extremes over keys, means over samples (all, and each third by rank), and the
+    lowest frequency of the head and of the middle (infinite where nothing falls into them)."""
+
+    low: float
+    high: float
+    mean: float
+    head: float
+    middle: float
+    tail: float
+    head_from: float
+    middle_from: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,17 +147,28 @@ class ClusterTable:
     @cached_property
     def content_hash(self) -> str:
         """Hash of what training reads (keys, clusters, frequencies), whatever the file's layout or compression."""
-        digest = hashlib.blake2b(digest_size=16)
-        lengths = pc.binary_length(self.keys).to_numpy(zero_copy_only=False).astype("<i8")
-        text = self.keys.buffers()[2]
-        offsets = np.frombuffer(self.keys.buffers()[1], np.int64)[self.keys.offset : self.keys.offset + len(self) + 1]
-        digest.update(self.kind.encode())
-        digest.update(lengths.tobytes())
-        if text is not None:
-            digest.update(memoryview(text)[int(offsets[0]) : int(offsets[-1])])
-        digest.update(self.cluster.astype("<i4").tobytes())
-        digest.update(self.frequency.astype("<f8").tobytes())
+        digest = ContentHash(self.kind)
+        for column, values in (("length", self.keys), ("key", self.keys), ("cluster", self.cluster),
+                               ("frequency", self.frequency)):  # fmt: skip
+            digest.add(column, values)
         return digest.hexdigest()
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters there are."""
+        return len(self.sizes)
+
+    @property
+    def samples(self) -> int:
+        """How many training samples all keys stand for."""
+        return int(self.count.sum())
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The frequencies over training samples in a few numbers."""
+        mean = float(np.average(self.frequency, weights=self.count))
+        low, high = float(self.frequency.min()), float(self.frequency.max())
+        return Summary(low, high, mean, *self.third_means(self.frequency), *self.third_borders())
 
     def shifts(self, shift_min: float, shift_max: float) -> np.ndarray:
         """``[M]`` float64: Eq. 6 for every key, with the minimum and maximum over the whole table."""
@@ -161,6 +187,12 @@ class ClusterTable:
             means.append(float(np.average(values[order], weights=inside)))
         return means[0], means[1], means[2]
 
+    def third_borders(self) -> tuple[float, float]:
+        """The lowest frequency of the head and of the middle, as in :meth:`thirds`; infinite where nothing is."""
+        distinct = np.unique(self.frequency)
+        third = self.thirds(distinct)
+        return tuple(float(distinct[third <= last].min(initial=np.inf)) for last in (0, 1))  # type: ignore[return-value]
+
     def thirds(self, frequency: np.ndarray) -> np.ndarray:
         """To which third of the training samples, ranked by frequency, samples as common as ``frequency`` belong.
 
@@ -178,8 +210,13 @@ class ClusterTable:
         twice_above = 2 * below[-1] - rarer - not_commoner
         return np.minimum(3 * twice_above // (2 * below[-1]), 2)
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: PathLike, whole: Optional[dict[str, Any]] = None) -> None:
         """Write one Parquet file (readable by any tool), whole or not at all.
+
+        Args:
+            path: the file.
+            whole: where this is one part of a table in a folder: ``clusters`` and ``samples`` of all of it, and how
+                many ``parts`` there are.
 
         Raises:
             TableError: the file cannot be written; whatever stood there before still does.
@@ -193,13 +230,14 @@ class ClusterTable:
             "frequency_min": float(self.frequency.min()),
             "frequency_max": float(self.frequency.max()),
             "content_hash": self.content_hash,
+            **(whole or {}),
         }
         table = pa.table(
             {"key": self.keys, "cluster": self.cluster, "frequency": self.frequency, "count": self.count}
         ).replace_schema_metadata({_METADATA_KEY: json.dumps(info, sort_keys=True).encode()})
         try:
             with replacing(path) as temporary:
-                pq.write_table(table, temporary, compression="zstd")
+                pq.write_table(table, temporary, compression="zstd", row_group_size=_ROW_GROUP)
         except OSError as error:
             raise TableError(f"{path}: cannot write the cluster table: {error}") from error
 
@@ -220,17 +258,13 @@ class ClusterTable:
         for part in parts:
             try:
                 schema = pq.read_schema(part)
-                missing = {"key", "cluster", "frequency"} - set(schema.names)
-                if missing:
-                    raise TableError(
-                        f"{part}: not a cluster table: column {sorted(missing)[0]!r} is missing (found: "
-                        f"{', '.join(schema.names[:8])}); make one with: mmts cluster"
-                    )
+                check_columns(part, schema.names)
                 columns = [name for name in ("key", "cluster", "frequency", "count") if name in schema.names]
                 tables.append(pq.read_table(part, columns=columns))
             except (pa.ArrowException, OSError) as error:
                 raise TableError(f"{part}: not a readable Parquet file (truncated or foreign?): {error}") from error
-        info = _info(tables[0], parts[0])
+        info = part_info(tables[0].schema, parts[0])
+        check_parts(source, info, len(parts))
         table = pa.concat_tables([part.replace_schema_metadata(None) for part in tables]).combine_chunks()
         for name in table.column_names:
             if table.column(name).null_count:
@@ -250,9 +284,49 @@ class ClusterTable:
         kind = info.pop("kind", CAPTION)
         loaded = cls(keys, cluster, frequency, count, kind, info, str(source))
         stated = info.get("content_hash")
-        if stated is not None and len(parts) == 1 and stated != loaded.content_hash:
+        if len(parts) > 1:
+            info.pop("content_hash", None)  # of the first part alone
+        elif stated is not None and stated != loaded.content_hash:
             raise TableError(f"{source}: the content does not match its own hash; the file was changed or damaged")
         return loaded
+
+
+class ContentHash:
+    """:attr:`ClusterTable.content_hash`, a piece at a time: all lengths, then all keys, clusters and frequencies."""
+
+    def __init__(self, kind: str) -> None:
+        self._digest = hashlib.blake2b(kind.encode(), digest_size=16)
+
+    def add(self, column: str, values: Any) -> None:
+        """The next piece of ``length`` or ``key`` (both from an Arrow array of large strings), or a number column."""
+        if column == "length":
+            self._digest.update(pc.binary_length(values).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+        elif column == "key":
+            offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+            text = values.buffers()[2]
+            if text is not None and len(offsets):
+                self._digest.update(memoryview(text)[int(offsets[0]) : int(offsets[-1])])
+        else:
+            self._digest.update(values.astype({"cluster": "<i4", "frequency": "<f8"}[column]).tobytes())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def check_columns(part: Path, names: Sequence[str]) -> None:
+    """Raise a TableError unless the columns of a cluster table are among ``names``."""
+    missing = {"key", "cluster", "frequency"} - set(names)
+    if missing:
+        raise TableError(
+            f"{part}: not a cluster table: column {sorted(missing)[0]!r} is missing (found: "
+            f"{', '.join(names[:8])}); make one with: mmts cluster"
+        )
+
+
+def check_parts(source: Path, info: dict[str, Any], found: int) -> None:
+    """Raise a TableError where a folder holds more or fewer parts than its table has."""
+    if info.get("parts", found) != found:
+        raise TableError(f"{source}: holds {found} parts of a table of {info['parts']}; copy the whole folder")
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
@@ -260,8 +334,9 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
-def _info(table: pa.Table, part: Path) -> dict[str, Any]:
-    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+def part_info(schema: pa.Schema, part: Path) -> dict[str, Any]:
+    """The metadata that a part of a table carries; empty where another tool wrote it."""
+    raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
         return {}
     try:

@@ -11,17 +11,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
+import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._files import replacing
+from ._files import cache_folder, replacing
 from .clusters import CAPTION, ClusterTable
 from .errors import TableError
+from .large import LargeTable, one_at_a_time, read_row_group, row_groups
 
 logger = logging.getLogger(__name__)
 
@@ -81,21 +85,29 @@ class TokenLookup:
         TableError: the table is keyed by class, which token ids cannot tell.
     """
 
-    def __init__(self, table: ClusterTable, tokenizer: Tokenizer, pad_id: int, device: torch.device) -> None:
+    def __init__(
+        self, table: Union[ClusterTable, LargeTable], tokenizer: Tokenizer, pad_id: int, device: torch.device
+    ) -> None:
         if table.kind != CAPTION:
             raise TableError(
                 f"{table.source}: keyed by {table.kind}, but this host looks samples up by caption; make a table of "
                 "captions (mmts cluster CAPTIONS, with --label-column and --column to use class labels)"
             )
-        hashes, rows = _cached_index(table, tokenizer, pad_id)
-        self.merged = len(table) - len(rows)
-        self._pad_id = pad_id
-        self._hashes = torch.from_numpy(hashes).to(device)
-        # One small integer per caption; distinct frequencies are few (one per cluster for a single K-Means run).
-        self.frequencies, code = np.unique(table.frequency[rows], return_inverse=True)
+        if isinstance(table, LargeTable):
+            self.frequencies = table.levels
+            hashes, code = _mapped_index(table, tokenizer, pad_id)
+        else:
+            hashes, rows = _cached_index(table, tokenizer, pad_id)
+            # One small integer per caption; distinct frequencies are few (one per cluster for a single K-Means run).
+            self.frequencies, code = np.unique(table.frequency[rows], return_inverse=True)
+            # Signed: torch indexes with int16, not with uint16.
+            code = code.astype(np.min_scalar_type(-len(self.frequencies)))
+        self.merged = len(table) - len(hashes)
         self.missing = len(self.frequencies)
-        dtype = np.min_scalar_type(-self.missing)  # signed: torch indexes with int16, not with uint16
-        self._codes = torch.from_numpy(code.astype(dtype)).to(device)
+        self._pad_id = pad_id
+        # On a CPU a mapped index stays where it is: all ranks of a node share its pages.
+        self._hashes = torch.from_numpy(hashes).to(device)
+        self._codes = torch.from_numpy(code).to(device)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """``[B, L]`` token ids to ``[B]`` int64 indices into :attr:`frequencies`; :attr:`missing` where unknown."""
@@ -141,8 +153,9 @@ def _cached_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> tup
     """Sorted hashes and their table rows, from the cache where a large table met this tokenizer before."""
     if len(table) < _CACHE_FROM:
         return _build_index(table, tokenizer, pad_id)
+    probes = table.keys.take(np.linspace(0, len(table) - 1, 512).astype(np.int64)).to_pylist()
     name = hashlib.blake2b(
-        table.content_hash.encode() + table.count.tobytes() + _fingerprint(table, tokenizer, pad_id), digest_size=16
+        table.content_hash.encode() + table.count.tobytes() + _fingerprint(probes, tokenizer, pad_id), digest_size=16
     ).hexdigest()
     path = cache_folder() / f"tokens-{name}.npz"
     if path.exists():
@@ -160,16 +173,8 @@ def _cached_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> tup
     return hashes, rows
 
 
-def cache_folder() -> Path:
-    """``$MMTS_CACHE``, else ``mmts-plugins`` in the user's cache folder."""
-    if "MMTS_CACHE" in os.environ:
-        return Path(os.environ["MMTS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmts-plugins"
-
-
-def _fingerprint(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> bytes:
+def _fingerprint(probes: list[str], tokenizer: Tokenizer, pad_id: int) -> bytes:
     """Tells tokenizers apart by what they make of captions of this very table, spread over it."""
-    probes = table.keys.take(np.linspace(0, len(table) - 1, 512).astype(np.int64)).to_pylist()
     return str(pad_id).encode() + np.ascontiguousarray(tokenizer(probes).numpy()).tobytes()
 
 
@@ -181,38 +186,113 @@ def _build_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> tupl
     if len(table) < _PARALLEL_FROM:
         parts = [hashed(start) for start in starts]
     else:
-        parts = _in_workers(hashed, starts, len(table))
+        parts = list(_in_workers(hashed, starts))
     hashes = torch.cat(parts).numpy()
-    # Captions that tokenize alike (case, spacing, the context length's cut) share one entry: the commonest stands.
-    order = np.lexsort((-table.count, hashes))
-    first = np.r_[True, np.diff(hashes[order]) != 0]
-    rows = order[first]
+    rows = _commonest(hashes, table.count)
     return hashes[rows], rows
 
 
+# --- large tables: the index is made in a stream and mapped
+
+_RECORD = np.dtype([("hash", "<i8"), ("count", "<i4"), ("code", "<i2")])
+_HASHES, _CODES = "hashes.i64", "codes.i16"
+_FANOUT = 256  # files that the records are split into by the hash's first byte, to be sorted one at a time
+
+
+def _mapped_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """``[n]`` int64 sorted hashes and ``[n]`` int16 codes of their frequencies, mapped from the cache.
+
+    Ten bytes a caption, on disk and in the page cache, which the ranks of a node share. Built once, in a stream.
+
+    Raises:
+        TableError: the cache cannot be written.
+    """
+    name = hashlib.blake2b(
+        table.content_hash.encode() + _fingerprint(table.probes(512), tokenizer, pad_id), digest_size=16
+    ).hexdigest()
+    folder = cache_folder() / f"tokens-{name}"
+    with one_at_a_time(folder):
+        if not folder.exists():
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+                try:
+                    _write_index(table, tokenizer, pad_id, temporary)
+                    temporary.rename(folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+            except OSError as error:
+                raise TableError(
+                    f"{folder}: the index of {len(table):,} captions cannot be written: {error}; it takes "
+                    f"{len(table) * 24 / 1e9:.1f} GB while it is made; name a folder with room in MMTS_CACHE"
+                ) from error
+    # Copy on write: shared pages, and an array that torch takes without a warning. Nothing writes.
+    return np.memmap(folder / _HASHES, "<i8", "c"), np.memmap(folder / _CODES, "<i2", "c")
+
+
+def _write_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int, folder: Path) -> None:
+    groups = row_groups(table.parts)
+
+    def records(number: int) -> Tensor:
+        columns = read_row_group(*groups[number], ["key", "frequency", "count"])
+        keys = columns["key"]
+        out = np.empty(len(keys), _RECORD)
+        starts = range(0, len(keys), _CHUNK)
+        out["hash"] = np.concatenate(
+            [hash_tokens(tokenizer(keys.slice(start, _CHUNK).to_pylist()), pad_id).numpy() for start in starts]
+        )
+        out["count"] = np.minimum(columns["count"].to_numpy(), np.iinfo(np.int32).max)
+        out["code"] = table.code(columns["frequency"].to_numpy())
+        return torch.from_numpy(out.view(np.uint8))
+
+    buckets = [(folder / f"{number}.records").open("wb") for number in range(_FANOUT)]
+    try:
+        for part in _in_workers(records, range(len(groups))):
+            found = part.numpy().view(_RECORD)
+            bucket = (found["hash"] >> 56) + _FANOUT // 2
+            order = np.argsort(bucket, kind="stable")
+            ends = np.searchsorted(bucket[order], np.arange(_FANOUT + 1))
+            for file, low, high in zip(buckets, ends, ends[1:]):
+                file.write(found[order[low:high]].tobytes())
+    finally:
+        for file in buckets:
+            file.close()
+    with (folder / _HASHES).open("wb") as hashes, (folder / _CODES).open("wb") as codes:
+        for file in buckets:
+            found = np.fromfile(file.name, _RECORD)
+            found = found[_commonest(found["hash"], found["count"])]
+            hashes.write(found["hash"].tobytes())
+            codes.write(found["code"].tobytes())
+            os.unlink(file.name)
+
+
+def _commonest(hashes: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Rows by ascending hash, one each: captions that tokenize alike (case, spacing, the context length's cut) share
+    one entry, and the commonest stands."""
+    order = np.lexsort((-count.astype(np.int64), hashes))
+    return order[np.r_[True, np.diff(hashes[order]) != 0][: len(order)]]
+
+
 class _Chunks(torch.utils.data.Dataset[Tensor]):
-    def __init__(self, hashed: Callable[[int], Tensor], starts: range) -> None:
-        self.hashed, self.starts = hashed, starts
+    def __init__(self, work: Callable[[int], Tensor], items: Sequence[int]) -> None:
+        self.work, self.items = work, items
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.hashed(self.starts[index])
+        return self.work(self.items[index])
 
 
-def _in_workers(hashed: Callable[[int], Tensor], starts: range, total: int) -> list[Tensor]:
+def _in_workers(work: Callable[[int], Tensor], items: Sequence[int]) -> Iterator[Tensor]:
     """Tokenize in forked loader workers: Python tokenizers make a few thousand captions a second and core."""
-    workers = min(16, os.cpu_count() or 1)
-    loader = torch.utils.data.DataLoader(
-        _Chunks(hashed, starts),
+    loader: Any = torch.utils.data.DataLoader(
+        _Chunks(work, items),
         batch_size=None,
-        num_workers=workers,
+        num_workers=min(16, os.cpu_count() or 1),
         multiprocessing_context="fork" if hasattr(os, "fork") else None,
     )
-    parts = []
     for number, part in enumerate(loader, 1):
-        parts.append(part)
-        if number % max(len(starts) // 10, 1) == 0:
-            logger.info("MM-TS: tokenizing the table's captions, %d of %d", min(number * _CHUNK, total), total)
-    return parts
+        yield part
+        if number % max(len(items) // 10, 1) == 0:
+            logger.info("MM-TS: tokenizing the table's captions, %d%%", 100 * number // len(items))

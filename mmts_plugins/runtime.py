@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional
+import math
+from typing import Union
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from .clusters import ClusterTable, cluster_shift
 from .config import Config
+from .large import LargeTable
 from .presets import MAX_MARGIN
 from .schedule import CosineSchedule
+
+_SAME = 1e-6  # of the range of shifts: what float32 makes of the same shift
 
 
 class Runtime:
@@ -28,7 +32,7 @@ class Runtime:
     def __init__(
         self,
         config: Config,
-        table: Optional[ClusterTable],
+        table: Union[ClusterTable, LargeTable, None],
         frequencies: np.ndarray,
         total_steps: int,
         device: torch.device,
@@ -41,14 +45,22 @@ class Runtime:
         middle = (config.shift_min + config.shift_max) / 2
         if table is None or config.no_shifts:
             shifts = np.full(len(frequencies), middle)
-            self.mean_shift = self.head_shift = self.tail_shift = middle
+            self.mean_shift = self.head_shift = self.mid_shift = self.tail_shift = middle
+            self._third_borders = (math.inf, middle)
         else:
-            # Minimum and maximum over the whole table (Eq. 6), also over keys that a tokenizer merged away.
-            span = np.array([table.frequency.min(), table.frequency.max()])
-            shifts = cluster_shift(np.concatenate([frequencies, span]), config.shift_min, config.shift_max)[:-2]
-            per_key = table.shifts(config.shift_min, config.shift_max)
-            self.mean_shift = float(np.average(per_key, weights=table.count))
-            self.head_shift, _, self.tail_shift = table.third_means(per_key)
+            # Minimum and maximum over the whole table (Eq. 6), also over keys that a tokenizer merged away. Shifts are
+            # linear in the frequency, so the mean shift is that of the mean frequency.
+            about = table.summary
+            borders = np.minimum([about.head_from, about.middle_from], about.high)
+            extra = np.array([*borders, about.low, about.high, about.mean, about.head, about.middle, about.tail])
+            every = cluster_shift(np.concatenate([frequencies, extra]), config.shift_min, config.shift_max)
+            shifts = every[: len(frequencies)]
+            self.mean_shift, self.head_shift, self.mid_shift, self.tail_shift = every[-4:].tolist()
+            head_from, middle_from = every[len(frequencies) : len(frequencies) + 2].tolist()
+            self._third_borders = (
+                head_from if math.isfinite(about.head_from) else math.inf,
+                middle_from if math.isfinite(about.middle_from) else math.inf,
+            )
         absent = self.mean_shift if config.missing == "mean" or config.no_shifts else config.shift_min
         # float64, so that the sum of Eq. 8 is exact to the loss's own precision; MPS knows no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -67,6 +79,12 @@ class Runtime:
     def shift(self, index: Tensor) -> Tensor:
         """``[n]`` indices to ``[n]`` shifts ``sh(c_i)``; plus :attr:`base` they are the temperatures, Eq. 8."""
         return self._shifts[index]
+
+    def third(self, shift: Tensor) -> Tensor:
+        """``[n]`` shifts to the thirds of the training samples that they belong to: 0 head, 1 middle, 2 tail."""
+        head_from, middle_from = self._third_borders
+        nearly = _SAME * (self.config.shift_max - self.config.shift_min)
+        return (shift < head_from - nearly).long() + (shift < middle_from - nearly)
 
     def describe(self) -> str:
         """The banner: what runs, in one line."""

@@ -16,6 +16,7 @@ import pytest
 
 from mmts_plugins.clustering import build, kmeans
 from mmts_plugins.clustering.command import add_parser
+from mmts_plugins.clustering.rows import Rows
 from mmts_plugins.clustering.sources import Source, read_class_counts, read_embeddings, read_samples
 from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
 from mmts_plugins.errors import MMTSError
@@ -254,13 +255,13 @@ def test_kmeans_finds_separate_blobs_and_weighs_by_count() -> None:
     centres = np.eye(4, dtype=np.float32) * 50
     points = np.repeat(centres, 5, axis=0) + np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     weight = np.repeat([1.0, 2.0, 3.0, 4.0], 5)
-    result = kmeans.cluster(points, weight, 4, runs=3)
+    result = kmeans.cluster(Rows(points), weight, 4, runs=3)
     assert result.frequency.tolist() == np.repeat([5.0, 10.0, 15.0, 20.0], 5).tolist()
     assert len(np.unique(result.cluster)) == 4
 
 
 def test_frequency_is_the_mean_over_single_runs() -> None:
-    points = np.random.default_rng(0).normal(size=(300, 8))
+    points = Rows(np.random.default_rng(0).normal(size=(300, 8)))
     weight = np.arange(1.0, 301.0)
     single = [kmeans.cluster(points, weight, 20, seed=seed) for seed in (3, 4)]
     both = kmeans.cluster(points, weight, 20, runs=2, seed=3)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..clusters import CLASS, ClusterTable
-from .kmeans import Clustering
+from .estimate import Estimate
 
 
 def distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -58,15 +58,15 @@ def labelled_table(captions: Sequence[str], labels: Sequence[str], info: dict[st
     return ClusterTable.build(keys, by_size(chosen, count), np.bincount(classes)[chosen], count, info=info), several
 
 
-def clustered_table(keys: Sequence[str], rows: np.ndarray, count: np.ndarray, clustering: Clustering,
+def clustered_table(keys: Sequence[str], rows: np.ndarray, count: np.ndarray, done: Estimate,
                     info: dict[str, Any]) -> ClusterTable:  # fmt: skip
-    """One key per caption from a clustering of rows.
+    """One key per caption from an estimate of rows.
 
     Args:
-        rows: ``[n]`` the key of each clustered row. A key with several rows (embeddings given per sample) gets its
-            most frequent cluster and its mean frequency.
+        rows: ``[n]`` the key of each row. A key with several rows (embeddings given per sample) gets its most frequent
+            cluster and its mean frequency.
         count: ``[M]`` how many samples each key has.
     """
-    chosen, _ = majority(rows, clustering.cluster)
-    frequency = np.bincount(rows, weights=clustering.frequency) / np.bincount(rows)
+    chosen, _ = majority(rows, done.cluster)
+    frequency = np.bincount(rows, weights=done.frequency) / np.bincount(rows)
     return ClusterTable.build(keys, by_size(chosen, count), frequency, count, info=info)

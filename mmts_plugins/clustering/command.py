@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,15 +16,21 @@ from .. import __version__
 from ..errors import ConfigError, MMTSError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..clusters import ClusterTable
+    from .estimate import Recipe
+    from .rows import Rows
     from .sources import Source
+
+DEFAULT_RUNS = 20
 
 _DESCRIPTION = """\
 Make the cluster table that MM-TS training reads: which caption belongs to which cluster, and how common it is.
 
 The captions of the training set are embedded once and clustered with K-Means. A caption in a large cluster gets a
 high temperature in training, one in a small cluster a low one. Where the data set has class labels, or you have
-embeddings, the table is made from those instead.
+embeddings, the table is made from those instead. Embeddings are kept in $MMTS_CACHE: another k or seed embeds nothing.
 """
 
 _EXAMPLES = """\
@@ -32,8 +39,8 @@ examples:
     mmts cluster train.tsv -o clusters.parquet
     mmts cluster 'cc3m/{00000..00331}.tar' -o clusters.parquet
 
-  comma-separated, another caption column; sizes averaged over 3 K-Means runs (steadier on small sets):
-    mmts cluster train.csv --separator , --column caption --runs 3 -o clusters.parquet
+  comma-separated, another caption column; one K-Means run, as in the paper, instead of the mean over several:
+    mmts cluster train.csv --separator , --column caption --runs 1 -o clusters.parquet
 
   CC3M as published (a TSV without a header: caption, URL), with the paper's encoder for it:
     mmts cluster Train_GCC-training.tsv --no-header --column 0 --encoder hf:distilbert-base-uncased -o clusters.parquet
@@ -41,7 +48,8 @@ examples:
   VAST annotations (field desc or caption), on a machine without a network or a model:
     mmts cluster descs_cap_train.json --encoder tfidf -o clusters.parquet
 
-  embeddings you have, one row per caption of the file:
+  an OpenCLIP text tower; embeddings you have, one row per caption of the file (a .npy file, or a folder of them):
+    mmts cluster train.tsv --encoder openclip:ViT-B-32/laion2b_s34b_b79k -o clusters.parquet
     mmts cluster captions.txt --embeddings captions.npy -o clusters.parquet
 
   class labels instead of clusters: published counts, labels counted per class, or per caption:
@@ -55,15 +63,23 @@ _DEFAULTS: dict[str, Any] = {
     "encoder": "sentence-transformers/all-MiniLM-L6-v2",
     "batch_size": 256,
     "device": None,
+    "no_cache": False,
     "tensor": None,
+    "estimator": "kmeans",
     "clusters": 200,
-    "runs": 1,
+    "runs": DEFAULT_RUNS,
+    "algorithm": "sample",
+    "fit_rows": 256,
+    "radius": None,
+    "neighbours": 50,
+    "references": 32_768,
     "seed": 0,
     "threads": 2,
 }
-_INPUT = ("data", "train_data", "column", "label_column")
-_ENCODING = ("encoder", "batch_size", "device")
-_KMEANS = ("clusters", "runs", "seed", "threads")
+INPUT = ("data", "train_data", "column", "label_column", "keep_blank")
+ENCODING = ("encoder", "batch_size", "no_cache")
+_DENSITY = ("radius", "neighbours", "references")
+RECIPE = ("estimator", "clusters", "runs", "seed", "threads", "algorithm", "fit_rows", *_DENSITY)
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -76,6 +92,28 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_input(parser)
+    add = parser.add_argument_group("class labels instead of clustering").add_argument
+    add("--class-counts", metavar="FILE", help="CSV class_id,count: a table of classes, without DATA")
+    add("--label-column", metavar="COL[,COL2]",
+        help="count the classes in this column of DATA (several are joined: 6_0); alone it gives a table of classes, "
+        "with --column a table of captions")  # fmt: skip
+    add_recipe(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", required=True, metavar="FILE", help="the table (Parquet)")
+    add("--force", action="store_true", help="replace an existing FILE")
+
+    add = parser.add_argument_group("scale").add_argument
+    add("--engine", choices=("local", "ray"), default="local",
+        help="ray: Parquet or WebDataset of any size on Ray Data; -o names a folder, and a killed run goes on where it "
+        "was; see docs/scale.md")  # fmt: skip
+    add("--workers", type=_positive, metavar="N", help="processes of --engine ray; default: all CPUs")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where the captions are."""
     add = parser.add_argument_group("input").add_argument
     add("data", nargs="?", metavar="DATA",
         help="file with the captions of the training set; for WebDataset a path, a quoted brace pattern or several "
@@ -89,47 +127,55 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--separator", "--csv-separator", default="\\t", metavar="CHAR",
         help="of a CSV; default: tab, also for .csv, as in OpenCLIP")  # fmt: skip
     add("--no-header", action="store_true", help="the CSV has no header: --column 0 is its first column")
+    add("--keep-blank", action="store_true", default=None,
+        help="keep samples whose caption is blank, as one caption, instead of stopping")  # fmt: skip
 
-    add = parser.add_argument_group("class labels instead of clustering").add_argument
-    add("--class-counts", metavar="FILE", help="CSV class_id,count: a table of classes, without DATA")
-    add("--label-column", metavar="COL[,COL2]",
-        help="count the classes in this column of DATA (several are joined: 6_0); alone it gives a table of classes, "
-        "with --column a table of captions")  # fmt: skip
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how captions are embedded and how their frequency is estimated."""
     add = parser.add_argument_group("embeddings").add_argument
     add("--encoder", metavar="NAME",
         help=f"default: {_DEFAULTS['encoder']}; a sentence-transformers model by name or folder, hf:NAME for any "
-        "Hugging Face encoder (mean pooling), or tfidf, which needs no model")  # fmt: skip
+        "Hugging Face encoder (mean pooling), openclip:MODEL/PRETRAINED for an OpenCLIP text tower, hashing (hashed "
+        "words, no model, very fast), or tfidf (no model)")  # fmt: skip
     add("--batch-size", type=_positive, metavar="N", help=f"of the encoder; default: {_DEFAULTS['batch_size']}")
-    add("--device", metavar="NAME", help="of the encoder, such as cuda:0 or cpu; default: a GPU if there is one")
+    add("--device", metavar="NAME", help="such as cuda:0 or cpu; default: a GPU if there is one")
+    add("--no-cache", action="store_true", default=None, help="neither read nor keep embeddings in $MMTS_CACHE")
     add("--embeddings", metavar="FILE",
-        help=".npy or .safetensors [samples, dimensions] to cluster instead, rows in the order of DATA")  # fmt: skip
+        help=".npy or .safetensors [samples, dimensions] to use instead, or a folder of .npy parts in the order of "
+        "their names; rows in the order of DATA")  # fmt: skip
     add("--tensor", metavar="NAME", help="which tensor of a .safetensors file that holds several")
 
-    add = parser.add_argument_group("K-Means").add_argument
+    add = parser.add_argument_group("estimating how common a caption is").add_argument
+    add("--estimator", choices=("kmeans", "radius", "knn"),
+        help="kmeans: the size of the caption's cluster (default, as the paper); radius: samples within a cosine "
+        "radius; knn: nearness of the nearest samples")  # fmt: skip
     add("-k", "--clusters", type=_positive, metavar="K", help=f"default: {_DEFAULTS['clusters']}, as the paper")
     add("--runs", type=_positive, metavar="R",
-        help=f"average cluster sizes over R seeds; default: {_DEFAULTS['runs']}, as the paper; 3 or more are steadier "
-        "on sets under 100,000 captions")  # fmt: skip
+        help=f"average over R seeds; default: {_DEFAULTS['runs']} (the paper: 1)")  # fmt: skip
     add("--seed", type=int, metavar="S", help=f"of the first run; default: {_DEFAULTS['seed']}")
+    add("--algorithm", choices=("sample", "lloyd", "sklearn", "faiss"),
+        help="of K-Means; sample (default): fitted on a weighted sample, then one pass over all; lloyd: all captions "
+        "in every iteration; sklearn, faiss: those packages")  # fmt: skip
+    add("--fit-rows", type=_positive, metavar="N",
+        help=f"captions per cluster in the sample; default: {_DEFAULTS['fit_rows']}")  # fmt: skip
+    add("--radius", type=float, metavar="COS",
+        help="of --estimator radius; default: such that there are samples/K neighbours on average")  # fmt: skip
+    add("--neighbours", type=_positive, metavar="N", help=f"of --estimator knn; default: {_DEFAULTS['neighbours']}")
+    add("--references", type=_positive, metavar="N",
+        help=f"a density compares with at most N captions; default: {_DEFAULTS['references']}")  # fmt: skip
     add("--threads", type=_positive, metavar="N",
-        help=f"default: {_DEFAULTS['threads']}; more are faster, but then a seed may not repeat exactly")  # fmt: skip
-
-    add = parser.add_argument_group("output").add_argument
-    add("-o", "--output", required=True, metavar="FILE", help="the table (Parquet)")
-    add("--force", action="store_true", help="replace an existing FILE")
-    parser.set_defaults(run=run)
-    return parser
+        help=f"default: {_DEFAULTS['threads']}; another number may round otherwise and give another table")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Make, write and describe the table."""
-    _check_flags(args)
-    _check_output(args.output, args.force)
-    given = {name: value for name in _DEFAULTS if (value := getattr(args, name)) is not None}
-    options = argparse.Namespace(**{**vars(args), **_DEFAULTS, **given})
+    check_flags(args)
+    _check_output(args.output, args.force, folder=args.engine == "ray")
     try:
-        table, notes = _make(options)
+        if args.engine == "ray":
+            return _run_on_ray(with_defaults(args))
+        table, notes = _make(with_defaults(args))
     except ImportError as error:
         raise MMTSError(f"mmts cluster needs {error.name}: pip install 'mmts-plugins[cluster]'") from error
     for note in notes:
@@ -142,21 +188,51 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_on_ray(args: argparse.Namespace) -> int:
+    from . import encoders, ray_engine
+    from .stages import Job
+
+    source, recipe = source_of(args), recipe_of(args)
+    if source.resolved_format() not in ("webdataset", "parquet"):
+        _say(f"warning: {source.data}: only Parquet and WebDataset are read in parallel and in bounded memory")
+    job = Job(f"{args.output.rstrip('/')}.work", source, args.encoder, args.batch_size, args.device, not args.no_cache,
+              bool(args.keep_blank), recipe)  # fmt: skip
+    info = _info("k-means", source.data, packages=("ray", "torch", *encoders.packages(args.encoder)),
+                 encoder=encoders.public_name(args.encoder), column=args.column, **recipe.record())  # fmt: skip
+    measured = ray_engine.build(job, args.output, info, args.workers)
+    print(f"stability: {measured['verdict']}\nWritten to {args.output}, a folder of Parquet parts.")
+    return 0
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Every flag that was not given at its default."""
+    given = {name: value for name in _DEFAULTS if (value := getattr(args, name)) is not None}
+    return argparse.Namespace(**{**vars(args), **_DEFAULTS, **given})
+
+
 def _make(args: argparse.Namespace) -> tuple[ClusterTable, list[str]]:
     from . import build
-    from .sources import Source, read_class_counts, read_samples
+    from .sources import read_class_counts, read_samples, refuse_blank
 
     if args.class_counts:
         ids, count, notes = read_class_counts(args.class_counts)
         return build.class_table(ids, count, _info("class counts", args.class_counts)), notes
-    separator = args.separator.replace("\\t", "\t")
-    source = Source(args.train_data or args.data, args.format, args.column, separator, not args.no_header)
+    source = source_of(args)
     if args.label_column:
         return _from_labels(args, source)
     _say(f"reading {source.data}")
     samples = read_samples(source)
+    refuse_blank(samples.captions, source.data, args.keep_blank)
     table = _from_clusters(args, samples.captions, {"source": _name(source.data), "column": samples.column})
     return table, samples.notes
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """What the input flags name."""
+    from .sources import Source
+
+    separator = args.separator.replace("\\t", "\t")
+    return Source(args.train_data or args.data, args.format, args.column, separator, not args.no_header)
 
 
 def _from_labels(args: argparse.Namespace, source: Source) -> tuple[ClusterTable, list[str]]:
@@ -176,11 +252,38 @@ def _from_labels(args: argparse.Namespace, source: Source) -> tuple[ClusterTable
     return table, samples.notes
 
 
-def _from_clusters(args: argparse.Namespace, captions: Sequence[str], about: dict[str, Any]) -> ClusterTable:
+@dataclass(frozen=True)
+class Prepared:
+    """Captions, embedded: what every estimate starts from.
+
+    Attributes:
+        keys: ``[M]`` the distinct captions.
+        count: ``[M]`` int64, how many samples each has.
+        points: ``[n, d]`` one row per distinct caption, or per sample where embeddings were given.
+        rows: ``[n]`` the key of each row.
+        weight: ``[n]`` float64, samples per row.
+        hashes: ``[n]`` uint64 by which samples of rows are drawn.
+        encoder: as a table names it.
+        packages: the distributions whose versions matter.
+    """
+
+    keys: list[str]
+    count: np.ndarray
+    points: Rows
+    rows: np.ndarray
+    weight: np.ndarray
+    hashes: np.ndarray
+    encoder: str
+    packages: tuple[str, ...]
+
+
+def prepare(args: argparse.Namespace, captions: Sequence[str], source: str) -> Prepared:
+    """Embed what the flags say, or read the embeddings that they name."""
     import numpy as np
 
-    from . import build, encoders, kmeans
-    from .sources import check_finite, read_embeddings
+    from . import build, cache, encoders
+    from .rows import Rows, caption_hashes
+    from .sources import read_embedding_parts
 
     keys, rows = build.distinct(captions)
     count = np.bincount(rows)
@@ -190,30 +293,50 @@ def _from_clusters(args: argparse.Namespace, captions: Sequence[str], about: dic
             "captions or less)"
         )
     if args.embeddings:
-        points = read_embeddings(args.embeddings, args.tensor)
+        points = read_embedding_parts(args.embeddings, args.tensor)
         if len(points) != len(captions):
             raise ConfigError(
-                f"{args.embeddings}: {len(points)} rows for {len(captions)} captions of {about['source']}; "
+                f"{args.embeddings}: {len(points)} rows for {len(captions)} captions of {source}; "
                 "--embeddings needs one row per caption, repeated ones too, in the order of the file"
             )
-        weight, encoder = np.ones(len(points)), f"embeddings {_name(args.embeddings)}"
-        packages: tuple[str, ...] = ()
+        return Prepared(keys, count, points, rows, np.ones(len(points)), np.arange(len(points), dtype=np.uint64),
+                        f"embeddings {_name(args.embeddings)}", ())  # fmt: skip
+    _say(f"embedding {len(keys):,} distinct captions with {args.encoder}")
+    if args.encoder == encoders.TFIDF:
+        points = Rows(encoders.tfidf(keys, args.seed))
     else:
-        _say(f"embedding {len(keys):,} distinct captions with {args.encoder}")
-        points = encoders.encode(args.encoder, keys, args.batch_size, args.device, args.seed)
-        check_finite(points, f"the embeddings of {args.encoder}")
-        weight, encoder = count.astype(float), encoders.public_name(args.encoder)
-        packages = encoders.packages(args.encoder)
-        rows = np.arange(len(keys))
-    _say(f"clustering {len(points):,} embeddings of {points.shape[1]} dimensions into {args.clusters} clusters")
-    clustering = kmeans.cluster(points, weight, args.clusters, args.runs, args.seed, args.threads)
-    info = _info("k-means", packages=("scikit-learn", *packages), k=args.clusters, encoder=encoder, seed=args.seed,
-                 runs=args.runs, threads=args.threads, unique=len(keys), duplicates=len(captions) - len(keys),
-                 **about)  # fmt: skip
-    return build.clustered_table(keys, rows, count, clustering, info)
+        encoder = encoders.TextEncoder(args.encoder, args.batch_size, args.device)
+        identity = None if args.no_cache else encoder.identity()
+        points = cache.embed(encoder.encode, identity, keys, f"--encoder {args.encoder}")
+    return Prepared(keys, count, points, np.arange(len(keys)), count.astype(float), caption_hashes(keys),
+                    encoders.public_name(args.encoder), encoders.packages(args.encoder))  # fmt: skip
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """What the flags of :func:`add_recipe` say."""
+    from .estimate import Recipe
+
+    names = [field.name for field in fields(Recipe)]
+    return Recipe(**{name: getattr(args, name) for name in names})
+
+
+def _from_clusters(args: argparse.Namespace, captions: Sequence[str], about: dict[str, Any]) -> ClusterTable:
+    from . import build, stability
+    from .estimate import estimate, resolve
+
+    data = prepare(args, captions, about["source"])
+    recipe = resolve(data.points, recipe_of(args))
+    _say(f"{recipe.describe()}, over {len(data.points):,} embeddings of {data.points.width} dimensions")
+    done = estimate(data.points, data.weight, recipe, data.hashes)
+    backend = {"sklearn": ("scikit-learn",), "faiss": ("faiss-cpu",)}.get(recipe.algorithm, ("torch",))
+    info = _info("k-means" if recipe.estimator == "kmeans" else "density",
+                 packages=dict.fromkeys((*backend, *data.packages)), encoder=data.encoder, **recipe.record(),
+                 unique=len(data.keys), duplicates=len(captions) - len(data.keys),
+                 stability=stability.of_runs(done, data.weight, recipe), **about)  # fmt: skip
+    return build.clustered_table(data.keys, data.rows, data.count, done, info)
+
+
+def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, or that would do nothing."""
 
     def refuse(names: Sequence[str], why: str) -> None:
@@ -223,35 +346,54 @@ def _check_flags(args: argparse.Namespace) -> None:
                 raise ConfigError(f"{flag} has no effect {why}; drop one of the two")
 
     if args.class_counts:
-        refuse((*_INPUT, "embeddings", "tensor", *_ENCODING, *_KMEANS), "with --class-counts")
+        refuse((*INPUT, "embeddings", "tensor", "device", *ENCODING, *RECIPE), "with --class-counts")
         return
     if args.data is not None:
         refuse(("train_data",), "beside DATA")
     elif args.train_data is None:
         raise ConfigError("no captions given: mmts cluster DATA -o FILE (or --class-counts); see mmts cluster --help")
     if args.label_column:
-        refuse(("embeddings", "tensor", *_ENCODING, *_KMEANS), "with --label-column, which makes no clusters")
-    elif args.embeddings:
-        refuse(_ENCODING, "with --embeddings")
+        refuse(("embeddings", "tensor", "device", "keep_blank", *ENCODING, *RECIPE),
+               "with --label-column, which makes no clusters")  # fmt: skip
+        return
+    if args.embeddings:
+        refuse(ENCODING, "with --embeddings")
     else:
         refuse(("tensor",), "without --embeddings")
+    ray = getattr(args, "engine", "local") == "ray"
+    if ray and (args.embeddings or args.encoder == "tfidf" or args.algorithm not in (None, "sample")):
+        raise ConfigError(
+            "--engine ray embeds captions one by one and fits on a sample: not with --embeddings, --encoder tfidf or "
+            "another --algorithm"
+        )
+    if ray and args.estimator not in (None, "kmeans"):
+        raise ConfigError(f"--engine ray has --estimator kmeans only, not {args.estimator}")
+    if not ray and getattr(args, "workers", None) is not None:
+        raise ConfigError("--workers has no effect without --engine ray; drop one of the two")
+    estimator = args.estimator or _DEFAULTS["estimator"]
+    wanted = {"kmeans": (), "radius": ("radius", "references"), "knn": ("neighbours", "references")}[estimator]
+    refuse([name for name in _DENSITY if name not in wanted], f"with --estimator {estimator}")
+    if args.radius is not None and not -1 < args.radius <= 1:
+        raise ConfigError(f"--radius {args.radius} is not a cosine similarity: above -1, at most 1")
 
 
-def _check_output(output: str, force: bool) -> None:
+def _check_output(output: str, force: bool, folder: bool) -> None:
     """Say before the long work, not after it, that the table cannot be written."""
     target = Path(output)
-    if target.is_dir():
+    if folder and target.is_dir() and not any(target.glob("part-*.parquet")) and any(target.iterdir()):
+        raise ConfigError(f"{output}: a folder that is no cluster table; -o/--output names the folder of the table")
+    if target.is_dir() and not folder:
         raise ConfigError(f"{output}: is a folder; -o/--output names the file of the table")
     if target.exists() and not force:
         raise ConfigError(f"{output}: exists already; pass --force to replace it, or another -o/--output")
-    folder = target.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"{output}: cannot be written, {folder} is not a writable folder (-o/--output)")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{output}: cannot be written, {parent} is not a writable folder (-o/--output)")
 
 
-def _info(method: str, source: str = "", packages: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: Any) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("numpy", *packages)}
     return {
         "method": method,
@@ -263,7 +405,7 @@ def _info(method: str, source: str = "", packages: Sequence[str] = (), **more: A
 
 
 def _name(data: str) -> str:
-    """The file's name alone: folders, commands and signed URLs are nobody's business in a table that is shared."""
+    """The file's name alone: parents, commands and signed URLs are nobody's business in a table that is shared."""
     return data.rsplit("/", 1)[-1].partition("?")[0]
 
 

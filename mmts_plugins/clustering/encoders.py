@@ -1,7 +1,8 @@
-"""Text to embeddings: any sentence-transformers or Hugging Face encoder, or TF-IDF where no hub can be reached."""
+"""Captions to embeddings: sentence-transformers, any Hugging Face encoder, an OpenCLIP text tower, or no model."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,69 +13,207 @@ import numpy as np
 from ..errors import ConfigError, MMTSError
 
 TFIDF = "tfidf"
+HASHING = "hashing"
+_HASHING_WIDTH = 256
 _HF = "hf:"
+_OPENCLIP = "openclip:"
+_PREFIXES = (_HF, _OPENCLIP)
+
+
+def _split(encoder: str) -> tuple[str, str]:
+    """Prefix and name."""
+    for prefix in _PREFIXES:
+        if encoder.startswith(prefix):
+            return prefix, encoder[len(prefix) :]
+    return "", encoder
 
 
 def public_name(encoder: str) -> str:
-    """The encoder as a table that is shared may name it: of a local folder the last part."""
-    prefix, name = (_HF, encoder[len(_HF) :]) if encoder.startswith(_HF) else ("", encoder)
+    """The encoder as a table that is shared may name it: of a local folder or checkpoint the last part."""
+    prefix, name = _split(encoder)
+    if prefix == _OPENCLIP:
+        model, pretrained = openclip_name(name)
+        scheme, _, path = model.partition(":") if model.startswith("local-dir:") else ("", "", model)
+        parts = [f"{scheme}:{Path(path).resolve().name}" if scheme else model]
+        return prefix + "/".join(parts + [Path(pretrained).name] * bool(pretrained))
     return prefix + (Path(name).resolve().name if Path(name).exists() else name)
 
 
 def packages(encoder: str) -> tuple[str, ...]:
-    """The distributions whose versions decide what ``encode`` returns, beside NumPy and scikit-learn."""
-    return () if encoder == TFIDF else ("sentence-transformers", "transformers", "torch")
+    """The distributions whose versions decide what ``encode`` returns, beside NumPy."""
+    if encoder in (TFIDF, HASHING):
+        return ("scikit-learn",)
+    return ("open_clip_torch", "torch") if encoder.startswith(_OPENCLIP) else (
+        "sentence-transformers", "transformers", "torch")  # fmt: skip
 
 
-def encode(
-    encoder: str, captions: Sequence[str], batch_size: int = 256, device: Optional[str] = None, seed: int = 0
-) -> np.ndarray:
-    """``[n, d]`` float32 embeddings, as the encoder gives them (not normalised by us).
+def openclip_name(name: str) -> tuple[str, str]:
+    """``MODEL/PRETRAINED`` to its two parts; ``local-dir:FOLDER`` and ``hf-hub:NAME`` are a model with its weights."""
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return name, ""
+    model, _, pretrained = name.partition("/")
+    return model, pretrained
+
+
+class TextEncoder:
+    """Embeds captions one by one (not ``tfidf``, which looks at all of them). The model is loaded at the first need.
 
     Args:
-        encoder: a sentence-transformers model by name or folder, ``hf:`` and any Hugging Face encoder (mean pooling),
-            or ``tfidf``.
-        captions: each is embedded once, so pass distinct ones.
-        batch_size, device: of the neural encoders; ``None`` takes the GPU if there is one.
-        seed: of the random projection in ``tfidf``.
+        name: a sentence-transformers model by name or folder; ``hf:NAME``, any Hugging Face encoder with mean pooling;
+            ``openclip:MODEL/PRETRAINED`` (a tag or a checkpoint file), ``openclip:local-dir:FOLDER`` or
+            ``openclip:hf-hub:NAME``, an OpenCLIP text tower; or ``hashing``, 256 signed hashed word counts
+            (no model: tens of thousands of captions a second and core, grouped by word and not by meaning).
+        batch_size, device: of the neural encoders; ``None`` takes the GPU if there is one, and bfloat16 there.
+    """
+
+    def __init__(self, name: str, batch_size: int = 256, device: Optional[str] = None) -> None:
+        self.name, self.batch_size, self.device = name, batch_size, device
+        self._model: Any = None
+
+    def identity(self) -> Optional[str]:
+        """What the embeddings depend on beside the captions, by content; ``None`` where that cannot be told."""
+        prefix, name = _split(self.name)
+        if self.name == HASHING:
+            return f"{HASHING}-{_HASHING_WIDTH}"
+        weights: Optional[str]
+        if prefix == _OPENCLIP:
+            model, pretrained = openclip_name(name)
+            local = model[len("local-dir:") :] if model.startswith("local-dir:") else pretrained
+            weights = _digest(Path(local)) if Path(local).exists() else (None if "hf-hub:" in model else pretrained)
+            if weights is not None:
+                weights = f"{'' if model.startswith('local-dir:') else model} {weights}"
+        else:
+            weights = _digest(Path(name)) if Path(name).is_dir() else _hub_commit(name)
+        return None if weights is None else f"{prefix}{weights} {'bf16' if self._half() else 'fp32'}"
+
+    def encode(self, captions: Sequence[str], progress: bool = False) -> np.ndarray:
+        """``[n, d]`` float32 embeddings, as the encoder gives them (not normalised by us).
+
+        Raises:
+            ConfigError: the encoder cannot be loaded or run here. Never another encoder instead.
+        """
+        if self.name == HASHING:
+            return _hashing(captions)
+        import torch
+
+        if self._model is None:
+            self._model = self._load()
+        try:
+            return cast(np.ndarray, self._model(list(captions), progress))
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(
+                f"--encoder {self.name}: out of GPU memory at --batch-size {self.batch_size}; lower it"
+            ) from error
+
+    def _half(self) -> bool:
+        import torch
+
+        return (self.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+
+    def _load(self) -> Any:
+        _check_device(self.device)
+        prefix, name = _split(self.name)
+        needs = "open_clip_torch" if prefix == _OPENCLIP else "sentence-transformers"
+        extra = "openclip" if prefix == _OPENCLIP else "cluster"
+        try:
+            import_module("open_clip" if prefix == _OPENCLIP else "sentence_transformers")
+        except ImportError as error:
+            raise MMTSError(
+                f"--encoder {self.name} needs {needs} ({error}): pip install 'mmts-plugins[{extra}]', "
+                "or use --encoder tfidf"
+            ) from error
+        try:
+            return self._openclip(name) if prefix == _OPENCLIP else self._sentence_transformer(prefix, name)
+        except Exception as error:  # hub clients and model files raise every kind
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ConfigError(
+                f"--encoder {self.name} cannot be loaded: {reason}. Ways out: give the folder of a downloaded model "
+                f"(--encoder ./FOLDER); where there is a network, run `hf download {name}` (formerly huggingface-cli) "
+                "and bring the cache along (HF_HOME); give embeddings you have (--embeddings FILE.npy); or use "
+                "--encoder tfidf, which needs no model"
+            ) from error
+
+    def _sentence_transformer(self, prefix: str, name: str) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        if prefix == _HF:
+            model = SentenceTransformer(modules=_mean_pooled(name), device=self.device)
+        else:
+            model = SentenceTransformer(name, device=self.device)
+        if self._half():
+            model = model.bfloat16()
+
+        def encode(captions: list[str], progress: bool) -> np.ndarray:  # sorts by length itself
+            vectors = model.encode(
+                captions, batch_size=self.batch_size, show_progress_bar=progress, convert_to_tensor=True
+            )
+            array: np.ndarray = vectors.float().cpu().numpy()
+            return array
+
+        return encode
+
+    def _openclip(self, name: str) -> Any:
+        import open_clip
+        import torch
+
+        from .kmeans import pick_device
+
+        device = pick_device(self.device)
+        model_name, pretrained = openclip_name(name)
+        if not pretrained and not model_name.startswith(("local-dir:", "hf-hub:")):
+            raise ConfigError(
+                f"no weights named: openclip:{model_name}/PRETRAINED, a tag of open_clip.list_pretrained() or a file"
+            )
+        model = open_clip.create_model(model_name, pretrained or None, device=device).eval()
+        tokenize = open_clip.get_tokenizer(model_name)
+
+        @torch.inference_mode()
+        def encode(captions: list[str], progress: bool) -> np.ndarray:
+            parts = []
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                for start in range(0, len(captions), self.batch_size):
+                    tokens = tokenize(captions[start : start + self.batch_size]).to(device)
+                    parts.append(model.encode_text(tokens, normalize=True).float().cpu().numpy())
+            return np.concatenate(parts)
+
+        return encode
+
+
+def encode(encoder: str, captions: Sequence[str], seed: int = 0) -> np.ndarray:
+    """``[n, D]`` embeddings of captions by any of the encoders, in memory.
 
     Raises:
-        ConfigError: the encoder cannot be loaded or run here. Never another encoder instead.
+        ConfigError, MMTSError: the encoder cannot be loaded or finds nothing to encode.
     """
-    if encoder == TFIDF:
-        return _tfidf(captions, seed)
-    import torch
-
-    model = _load(encoder, device)
-    try:
-        embeddings = model.encode(list(captions), batch_size=batch_size, show_progress_bar=True, convert_to_numpy=True)
-    except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(f"--encoder {encoder}: out of GPU memory at --batch-size {batch_size}; lower it") from error
-    return np.asarray(embeddings, np.float32)
+    return tfidf(captions, seed) if encoder == TFIDF else TextEncoder(encoder).encode(captions)
 
 
-def _load(encoder: str, device: Optional[str]) -> Any:
+def _digest(path: Path) -> str:
+    """Of a file's content, or of all files below a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as stream:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _hub_commit(name: str) -> Optional[str]:
+    """The commit of a hub model in the local cache."""
     try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MMTSError(
-            f"--encoder {encoder} needs sentence-transformers ({error}): pip install 'mmts-plugins[cluster]', "
-            "or use --encoder tfidf"
-        ) from error
-    _check_device(device)
-    name = encoder[len(_HF) :] if encoder.startswith(_HF) else encoder
-    try:
-        if encoder.startswith(_HF):
-            return SentenceTransformer(modules=_mean_pooled(name), device=device)
-        return SentenceTransformer(name, device=device)
-    except Exception as error:  # hub clients and model files raise every kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(
-            f"--encoder {encoder} cannot be loaded: {reason}. Ways out: give the folder of a downloaded model "
-            f"(--encoder ./FOLDER); where there is a network, run `hf download {name}` (formerly huggingface-cli) and "
-            "bring the cache along (HF_HOME); give embeddings you have (--embeddings FILE.npy); or use --encoder "
-            "tfidf, which needs no model"
-        ) from error
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    for repository in (name, f"sentence-transformers/{name}"):
+        try:
+            file = try_to_load_from_cache(repository, "config.json")
+        except ValueError:  # not a name that the hub could have
+            return None
+        if isinstance(file, str):
+            return f"{repository}@{Path(file).parent.name}"
+    return None
 
 
 def _check_device(device: Optional[str]) -> None:
@@ -98,7 +237,16 @@ def _mean_pooled(name: str) -> list[Any]:
     return [transformer, modules.Pooling(dimension(), pooling_mode="mean")]
 
 
-def _tfidf(captions: Sequence[str], seed: int) -> np.ndarray:
+def _hashing(captions: Sequence[str]) -> np.ndarray:
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    # Signed hashing into few columns is a random projection of the bag of words that needs no pass over the data.
+    vectorizer = HashingVectorizer(n_features=_HASHING_WIDTH, stop_words="english", dtype=np.float32)
+    return cast(np.ndarray, vectorizer.transform(captions).toarray())
+
+
+def tfidf(captions: Sequence[str], seed: int) -> np.ndarray:
+    """``[n, <= 256]`` float32, unit length: TF-IDF of the words, reduced by a random projection drawn with ``seed``."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import Normalizer

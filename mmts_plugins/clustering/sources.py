@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Optional, cast
+from typing import IO, Any, Optional, Union, cast
 
 import numpy as np
 
 from ..errors import ConfigError, MMTSError
+from .rows import Rows, release
 
 FORMATS = ("auto", "csv", "text", "json", "parquet", "webdataset")
 _FORMAT_OF_SUFFIX = {
@@ -34,6 +35,8 @@ _DEFAULT_COLUMNS = {
     "json": ("desc", "caption"),  # VAST's annotations
     "parquet": ("title", "caption", "text", "desc"),
 }
+_BATCH = 65_536  # captions
+_UNIT = 500_000  # rows of a Parquet file that an engine reads as one part
 _EMPTY_CELL = "nan"  # str() of what pandas makes of it, and so what OpenCLIP trains on
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # two letters at least: C:\ is a drive
 
@@ -218,6 +221,81 @@ def _read_parquet(source: Source, labels: Sequence[str], captions: bool) -> Samp
     return Samples(captions_read, _join_labels(source, labels, [values(label) for label in labels]), column, notes)
 
 
+def units(source: Source) -> list[str]:
+    """What engines read in parallel: runs of row groups of Parquet files (``FILE#first-last``), or tars.
+
+    Any other format is one unit.
+
+    Raises:
+        MMTSError: there is nothing there.
+    """
+    kind = source.resolved_format()
+    if kind == "webdataset":
+        return shards(source.data)
+    if not Path(source.data).exists():
+        raise MMTSError(f"{source.data}: no such file")
+    if kind != "parquet":
+        return [source.data]
+    whole = Path(source.data)
+    files = sorted(whole.rglob("*.parquet")) if whole.is_dir() else [whole]
+    if not files:
+        raise MMTSError(f"{source.data}: the folder holds no *.parquet file")
+    return [unit for file in files for unit in _row_group_runs(str(file))]
+
+
+def _row_group_runs(path: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise MMTSError(f"{path}: cannot be read as parquet (truncated?): {error}") from error
+    first, rows = 0, 0
+    for group in range(footer.num_row_groups):
+        rows += footer.row_group(group).num_rows
+        if rows >= _UNIT or group == footer.num_row_groups - 1:
+            yield f"{path}#{first}-{group}"
+            first, rows = group + 1, 0
+
+
+def caption_batches(source: Source, unit: str) -> Iterator[list[str]]:
+    """The captions of one of :func:`units`, some thousands at a time; the same as :func:`read_samples` gives."""
+    kind = source.resolved_format()
+    if kind == "webdataset":
+        captions: list[str] = []
+        for caption in _tar_captions(unit):
+            if isinstance(caption, str):
+                captions.append(caption)
+            if len(captions) == _BATCH:
+                yield captions
+                captions = []
+        if captions:
+            yield captions
+    elif kind == "parquet":
+        yield from _parquet_batches(source, unit)
+    else:
+        yield read_samples(source).captions
+
+
+def _parquet_batches(source: Source, unit: str) -> Iterator[list[str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, _, groups = unit.rpartition("#")
+    first, last = map(int, groups.split("-"))
+    try:
+        with pq.ParquetFile(path) as file:
+            column = _pick(source, "parquet", file.schema_arrow.names)
+            for batch in file.iter_batches(_BATCH, row_groups=range(first, last + 1), columns=[column]):
+                cells = batch.column(0).cast(pa.large_string()).to_pylist()
+                yield [_EMPTY_CELL if text is None else text for text in cells]
+    except (pa.ArrowException, OSError) as error:
+        raise MMTSError(f"{unit}: cannot be read as parquet (truncated, or captions that are no text?): {error}") from (
+            error
+        )
+
+
 def _read_text(source: Source, labels: Sequence[str], captions: bool) -> Samples:
     with open(source.data, encoding="utf-8-sig") as file:
         return Samples([line.rstrip("\n") for line in file])
@@ -280,21 +358,32 @@ def _read_webdataset(source: Source) -> Samples:
     captions: list[str] = []
     partial = undecodable = 0
     for url in tqdm(shards(source.data), desc="reading", unit="tar", file=sys.stderr):
-        for sample in tar_samples(url, _text):
-            caption = sample.get("txt")
-            if caption is None or not sample.keys() & {"png", "jpg", "jpeg", "webp"}:
+        for caption in _tar_captions(url):
+            if caption is None:
                 partial += 1
-                continue
-            try:
-                captions.append(caption.decode("utf-8"))
-            except UnicodeDecodeError:
+            elif isinstance(caption, bytes):
                 undecodable += 1
+            else:
+                captions.append(caption)
     notes = []
     if partial:
         notes.append(f"{source.data}: {partial} samples without a .txt or an image are left out, as OpenCLIP does")
     if undecodable:
         notes.append(f"{source.data}: {undecodable} captions are not UTF-8 and are left out, as OpenCLIP does")
     return Samples(captions, notes=notes)
+
+
+def _tar_captions(url: str) -> Iterator[Union[str, bytes, None]]:
+    """For each sample its caption; bytes where it is not UTF-8, None where the caption or the image is missing."""
+    for sample in tar_samples(url, _text):
+        caption = sample.get("txt")
+        if caption is None or not sample.keys() & {"png", "jpg", "jpeg", "webp"}:
+            yield None
+            continue
+        try:
+            yield caption.decode("utf-8")
+        except UnicodeDecodeError:
+            yield caption
 
 
 def shards(data: str) -> list[str]:
@@ -429,6 +518,33 @@ def read_embeddings(path: str, tensor: Optional[str] = None, flag: str = "--embe
     return points
 
 
+def read_embedding_parts(path: str, tensor: Optional[str] = None) -> Rows:
+    """:func:`read_embeddings` of a file, or of all ``.npy`` files of a folder in the order of their names."""
+    if not Path(path).is_dir():
+        return Rows(read_embeddings(path, tensor))
+    files = sorted(Path(path).glob("*.npy"))
+    if not files:
+        raise MMTSError(f"{path}: the folder holds no .npy file (--embeddings)")
+    parts = [read_embeddings(str(file), tensor) for file in files]
+    for file, part in zip(files, parts):
+        if part.shape[1] != parts[0].shape[1]:
+            raise MMTSError(
+                f"{file}: {part.shape[1]} dimensions, but {files[0].name} has {parts[0].shape[1]}; all parts must come "
+                "from one encoder"
+            )
+    return Rows(parts)
+
+
+def refuse_blank(captions: Sequence[str], source: str, keep: Optional[bool]) -> None:
+    """Raise an MMTSError where captions are blank, unless they are to be kept."""
+    blank = [number for number, caption in enumerate(captions, 1) if not caption.strip()]
+    if blank and not keep:
+        raise MMTSError(
+            f"{source}: {len(blank)} samples have a blank caption (the first: sample {blank[0]}); drop them from the "
+            "training set too, or pass --keep-blank to keep them as one caption"
+        )
+
+
 def load_npy(path: str) -> np.ndarray:
     """One array of numbers from a ``.npy`` file, mapped, not read; nothing is unpickled."""
     try:
@@ -463,6 +579,7 @@ def check_finite(points: np.ndarray, source: str) -> None:
     step = 65536  # the mask of a mapped file must not be as large as the file
     for start in range(0, len(points), step):
         finite = np.isfinite(points[start : start + step]).all(axis=1)
+        release(points)
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise MMTSError(f"{source}: row {row} (counting from 0) holds a NaN or an infinity; fix or drop it")

@@ -29,6 +29,8 @@ def summarise(table: ClusterTable, path: str) -> str:
     ]
     if not np.array_equal(table.frequency, sizes[table.cluster]):
         facts.append(("frequency", f"{table.frequency.min():,.1f} to {table.frequency.max():,.1f}{_why(table)}"))
+    if "stability" in table.info:
+        facts.append(("stability", table.info["stability"]["verdict"]))
     lines = [f"{name:<18} {value}" for name, value in facts]
 
     members = np.argsort(table.cluster, kind="stable")
@@ -55,7 +57,8 @@ def summarise(table: ClusterTable, path: str) -> str:
 
 def _why(table: ClusterTable) -> str:
     runs = table.info.get("runs", 1)
-    return f", mean cluster size over {runs} runs" if runs > 1 else ""
+    what = {"radius": "samples within the radius", "knn": "nearness"}.get(table.info.get("estimator", ""))
+    return f", {what}" if what else f", mean cluster size over {runs} runs" if runs > 1 else ""
 
 
 def _printable(text: str, width: int) -> str:

@@ -459,7 +459,7 @@ def _project(each: Shown, options: Options) -> Union[Points, str]:
         assert options.encoder is not None
         from ..clustering.encoders import encode
 
-        chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), seed=options.seed)
+        chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), options.seed)
     check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}")
     return Points(rows, (_umap if options.projection == "umap" else _tsne)(chosen, options.seed))
 
