@@ -25,6 +25,7 @@ from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node, gather_rows
 from ..errors import ConfigError, SeamError, TableError
+from ..live import LOG_NAME, Live, Meter
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
@@ -123,7 +124,9 @@ class Run:
         self.runtime: Optional[Runtime] = None
         self._args: Any = None
         self._losses: Optional[nn.Module] = None
-        self._temperature: Optional[Tensor] = None
+        self.live: Optional[Live] = None
+        self._meter = Meter()
+        self._shown: dict[str, float] = {}
         self._tokens: Optional[Tensor] = None
         # Without a learning rate schedule (--fix-lr) nobody tells the step, and forward passes are counted.
         self._counted_from: Optional[int] = None
@@ -236,6 +239,8 @@ class Run:
         if self.lookup is not None:
             frequencies = self.lookup.frequencies
         self.runtime = Runtime(self.config, self.table, frequencies, total_steps, device)
+        path = Path(args.output_dir) / LOG_NAME
+        self.live = Live(self.runtime, path=path, rank=args.rank, world_size=args.world_size)
         if args.rank != 0:
             return
         print(f"MM-TS: {self.runtime.describe()}")
@@ -297,11 +302,25 @@ class Run:
             self._losses = family(
                 host_loss.local_loss, host_loss.gather_with_grad, host_loss.rank, host_loss.world_size
             )
-        self._temperature = self.runtime.base + self.runtime.shift(self._index(rows))
+        index = self._index(rows)
+        shift = self.runtime.shift(index)
+        temperature = self.runtime.base + shift
         # In float32 whatever AMP makes of them: InfoNCE expects normalised features.
         images, texts = (F.normalize(features.float(), dim=-1) for features in (image_features, text_features))
-        loss: Tensor = self._losses(images, texts, self._temperature)
+        self._show(images, texts, shift, index == self.runtime.missing)
+        loss: Tensor = self._losses(images, texts, temperature)
         return loss
+
+    def _show(self, images: Tensor, texts: Tensor, shift: Tensor, missed: Tensor) -> None:
+        assert self.runtime is not None
+        assert self.live is not None
+        self.live.watch(images, texts, self.runtime.base + shift)
+        if self._args.rank != 0:
+            return
+        self._meter.update(shift, missed)
+        if self.runtime.step % self._steps_per_epoch % self._args.print_freq == 0:  # as AVION decides to print
+            self._shown = self._meter.read(self.runtime)
+            self.live.report(self._shown)
 
     def _index(self, rows: Optional[Tensor]) -> Tensor:
         """Of a batch's samples into the runtime's frequencies."""
@@ -317,16 +336,14 @@ class Run:
         return self.lookup(tokens)
 
     def progress(self) -> str:
-        """Ours of AVION's progress line. Waits for the device."""
-        if self.runtime is None or self._temperature is None:
+        """Ours of AVION's progress line: of the samples since the last one."""
+        if self.runtime is None or not self._shown:
             return ""
-        temperature, runtime = self._temperature, self.runtime
-        mean, low, high = torch.stack([temperature.mean(), temperature.min(), temperature.max()]).tolist()
-        name = "margin" if self.config.loss == MAX_MARGIN else "tau"
+        shown, name = self._shown, "margin" if self.config.loss == MAX_MARGIN else "tau"
         return (
-            f"MM-TS {runtime.step}/{runtime.total_steps} {name} {mean:.4f} [{low:.4f}, {high:.4f}] "
-            f"base {runtime.base:+.4f} head {runtime.base + runtime.head_shift:.4f} "
-            f"tail {runtime.base + runtime.tail_shift:.4f}"
+            f"MM-TS {self.runtime.step}/{self.runtime.total_steps} {name} {shown['tau_mean']:.4f} "
+            f"[{shown['tau_min']:.4f}, {shown['tau_max']:.4f}] base {shown['tau_base']:+.4f} "
+            f"head {shown['tau_head']:.4f} tail {shown['tau_tail']:.4f}"
         )
 
 

@@ -20,7 +20,9 @@ from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node
 from ..errors import ConfigError, SeamError, TableError
+from ..functional import compiling
 from ..large import LargeTable, open_table
+from ..live import LOG_NAME, Live, Meter, step_line
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
@@ -41,10 +43,17 @@ class ScheduledLoss(nn.Module):
     Args:
         kind: ``mmts-infonce`` or ``mmts-max-margin``.
         host_loss: the loss that OpenCLIP made. A CoCa loss still computes its caption loss.
+        watch: given features and temperatures of every training step that is not compiled.
         on_call: called in every forward, so that a training step without us in its path is noticed.
     """
 
-    def __init__(self, kind: str, host_loss: Any, on_call: Optional[Callable[[], None]] = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        host_loss: Any,
+        watch: Callable[[Tensor, Tensor, Tensor], None],
+        on_call: Optional[Callable[[], None]] = None,
+    ) -> None:
         super().__init__()
         family = InfoNCELoss if kind == INFONCE else MaxMarginLoss
         self.contrastive = family(
@@ -55,7 +64,7 @@ class ScheduledLoss(nn.Module):
         if self.captioning is not None:
             self.weight, self.captioning.clip_loss_weight = self.captioning.clip_loss_weight, 0
         self.temperature: Optional[Tensor] = None
-        self._on_call = on_call
+        self._watch, self._on_call = watch, on_call
 
     def forward(
         self,
@@ -73,6 +82,8 @@ class ScheduledLoss(nn.Module):
             raise SeamError("OpenCLIP called the MM-TS loss without temperatures: the model's output was not tagged")
         if self._on_call is not None:
             self._on_call()
+        if torch.is_grad_enabled() and not compiling():
+            self._watch(image_features, text_features, temperature)
         loss = self.weight * self.contrastive(image_features, text_features, temperature)
         # DDP expects a gradient for every parameter: the unused scale and bias stay in the graph, with zero.
         for unused in (logit_scale, logit_bias):
@@ -83,32 +94,6 @@ class ScheduledLoss(nn.Module):
         losses = self.captioning(image_features, text_features, logit_scale=logit_scale, output_dict=True, **captioning)
         losses["contrastive_loss"] = loss
         return losses if output_dict else (loss, losses["caption_loss"])
-
-
-class Meter:
-    """Shifts and misses since the last log line, summed on the device."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self._stats: list[Tensor] = []
-
-    def update(self, shift: Tensor, missed: Tensor) -> None:
-        new = [shift.sum(), shift.min(), shift.max(), missed.sum()]
-        if self._stats:
-            total, low, high, misses = self._stats
-            new = [total + new[0], torch.minimum(low, new[1]), torch.maximum(high, new[2]), misses + new[3]]
-        self._stats = new
-        self.samples += len(shift)
-
-    def misses(self) -> int:
-        """Waits for the device."""
-        return int(self._stats[3].item())
-
-    def read(self) -> tuple[float, float, float, float]:
-        """Mean, least and greatest shift, and hit rate. Waits for the device, once; then starts anew."""
-        total, low, high, misses = torch.stack([value.to(self._stats[0].dtype) for value in self._stats]).tolist()
-        samples, self.samples, self._stats = self.samples, 0, []
-        return total / samples, low, high, 1 - misses / samples
 
 
 class Run:
@@ -136,6 +121,7 @@ class Run:
                 )
         self.config.publish(args)
         self.runtime: Optional[Runtime] = None
+        self.live: Optional[Live] = None
         self.lookup: Optional[TokenLookup] = None
         self.tokenizer: Any = None
         self.host_version = ""
@@ -177,6 +163,14 @@ class Run:
                 self.lookup = TokenLookup(self.table, tokenizer, _pad_id(tokenizer), device)
             frequencies = self.lookup.frequencies
         self.runtime = Runtime(self.config, self.table, frequencies, steps, device)
+        folder = args.checkpoint_path if args.logs and args.logs.lower() != "none" else None
+        self.live = Live(
+            self.runtime,
+            lambda values, step: self._log({f"train/mmts/{name}": value for name, value in values.items()}, step),
+            None if folder is None else Path(folder) / LOG_NAME,
+            args.rank,
+            args.world_size,
+        )
         if not master:
             return
         logger.info("MM-TS: %s", self.runtime.describe())
@@ -191,8 +185,8 @@ class Run:
             )
         if self.lookup is not None and self.lookup.merged:
             logger.info("MM-TS: %d captions tokenize like another and share its shift", self.lookup.merged)
-        if args.logs and args.logs.lower() != "none":
-            write_record(os.path.join(args.checkpoint_path, FILE_NAME), values)
+        if folder is not None:
+            write_record(os.path.join(folder, FILE_NAME), values)
 
     def wrap_loss(self, host_loss: Any, watched: bool = True) -> ScheduledLoss:
         """OpenCLIP's loss replaced by ours. ``watched`` notes each call; a loss that is compiled must stay pure.
@@ -205,7 +199,8 @@ class Run:
             raise SeamError(
                 f"open_clip_torch {self.host_version}: --loss mmts replaces ClipLoss or CoCaLoss; this run has {name}"
             )
-        return ScheduledLoss(self.config.loss, host_loss, self._loss_called if watched else None)
+        assert self.live is not None
+        return ScheduledLoss(self.config.loss, host_loss, self.live.watch, self._loss_called if watched else None)
 
     # -- every epoch and step ---------------------------------------------------------------------------------------
 
@@ -315,37 +310,13 @@ class Run:
     def _report(self, line: bool) -> None:
         """To the host's loggers, and as a ``line`` of its log."""
         assert self.runtime is not None
-        runtime = self.runtime
-        base = runtime.base
-        mean, low, high, hit_rate = self._meter.read()
-        values = {
-            "tau_base": base,
-            "tau_mean": base + mean,
-            "tau_min": base + low,
-            "tau_max": base + high,
-            "tau_head": base + runtime.head_shift,
-            "tau_tail": base + runtime.tail_shift,
-            "hit_rate": hit_rate,
-            "phase": runtime.schedule.phase(runtime.step),
-        }
-        if self.config.missing == "error" and hit_rate < 1:
+        assert self.live is not None
+        values = self._meter.read(self.runtime)
+        if self.config.missing == "error" and values["hit_rate"] < 1:
             raise TableError(f"training captions are not in {self.config.clusters} (--mmts-missing error)")
-        self._log({f"train/mmts/{name}": value for name, value in values.items()}, runtime.step)
-        if not line:
-            return
-        logger.info(
-            "MM-TS step %d/%d: base %+.4f, mean %.4f [%.4f, %.4f], head %.4f, tail %.4f, hits %.1f%%, phase %.2f",
-            runtime.step,
-            runtime.total_steps,
-            values["tau_base"],
-            values["tau_mean"],
-            values["tau_min"],
-            values["tau_max"],
-            values["tau_head"],
-            values["tau_tail"],
-            100 * hit_rate,
-            values["phase"],
-        )
+        self.live.report(values)
+        if line:
+            logger.info("%s", step_line(self.runtime, values))
 
 
 def _refuse_unsupported(args: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, rank_info_nce
 from ..errors import ConfigError, SeamError, TableError
+from ..live import LOG_NAME, Live, Meter, step_line
 from ..lookup import KeyLookup
 from ..losses import MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
@@ -80,6 +82,7 @@ class Run:
             self.table = _load(self.config.clusters, variant)
             self.lookup = KeyLookup(self.table)
         self.runtime: Optional[Runtime] = None
+        self.live: Optional[Live] = None
 
     # -- once, before training --------------------------------------------------------------------------------------
 
@@ -125,8 +128,9 @@ class Run:
         self._forwards = 0
         self._most_forwards = max(many.values(), default=1)
         self._every_step = all(many.values())
-        self._shifts: list[Tensor] = []
-        self._misses = self._seen = 0
+        self._meter = Meter()
+        self._seen = 0
+        self.live = Live(self.runtime, path=Path(path).parent / LOG_NAME, rank=rank, world_size=world_size)
         self._examples: list[str] = []
         self._log.info("MM-TS: %s", self.runtime.describe())
         if self.table is not None:
@@ -230,6 +234,16 @@ class Run:
             raise SeamError(f"{self.variant.name} {self.host_version}: a training step without its number: no clock")
         self._forwards += 1
         temperature = self._temperatures(batch)
+        losses = self._losses(host, model, batch, task, temperature)
+        if not self.variant.volumes:  # of volumes there is no similarity of pairs to show
+            assert self.live is not None
+            clips, texts = batch[f"feat_{task.split('%')[1][1:]}"], batch["feat_t"]
+            self.live.watch(clips, texts, temperature.to(texts.device))
+        return losses
+
+    def _losses(
+        self, host: Callable[..., dict[str, Tensor]], model: Any, batch: Any, task: str, temperature: Tensor
+    ) -> dict[str, Any]:
         if self.config.itm_temperature == "mmts":
             # One temperature per row, for InfoNCE and for the draw of hard negatives alike. In the instance's own
             # dictionary it shadows the parameter, which stays what it is, in checkpoints too.
@@ -272,12 +286,11 @@ class Run:
             index = self.lookup(keys)
             self._watch(keys, index == self.lookup.missing)
         shift = self.runtime.shift(torch.from_numpy(index))
-        self._shifts.append(shift)
+        self._meter.update(shift, torch.from_numpy(index == self.runtime.missing))
         return (shift + self.runtime.base).float()
 
     def _watch(self, keys: Sequence[str], missed: np.ndarray) -> None:
-        """Counts misses for the log; judges the first batches of a data set whose annotations could not be read."""
-        self._misses += int(missed.sum())
+        """Judges the first batches of a data set whose annotations could not be read before training."""
         if self._watched:
             self._watched -= 1
             self._seen += len(keys)
@@ -287,25 +300,13 @@ class Run:
 
     def _report(self) -> None:
         """A line where VAST logs its losses, and after the first step; on the samples since the last one."""
-        runtime, shifts = self.runtime, self._shifts
-        self._shifts, misses, self._misses = [], self._misses, 0
-        if runtime is None or not shifts:
+        runtime = self.runtime
+        if runtime is None or not self._meter.samples:
             return
-        shift = torch.cat(shifts)
-        base = runtime.base
-        self._log.info(
-            "MM-TS step %d/%d: base %+.4f, mean %.4f [%.4f, %.4f], head %.4f, tail %.4f, hits %.1f%%, phase %.2f",
-            runtime.step,
-            runtime.total_steps,
-            base,
-            base + float(shift.mean()),
-            base + float(shift.min()),
-            base + float(shift.max()),
-            base + runtime.head_shift,
-            base + runtime.tail_shift,
-            100 * (1 - misses / len(shift)),
-            runtime.schedule.phase(runtime.step),
-        )
+        assert self.live is not None
+        values = self._meter.read(runtime)
+        self.live.report(values)
+        self._log.info("%s", step_line(runtime, values))
 
 
 def _with_negatives(config: Config, variant: Variant) -> Config:

@@ -76,14 +76,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse ``create_graph=True``. Torch's own decorator of this name lets it pass and the second gradient vanish."""
 
     def checked(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and not _compiling():
+        if torch.is_grad_enabled() and not compiling():
             raise RuntimeError("the MM-TS losses are once differentiable: no create_graph=True, no double backward")
         return backward(ctx, *grads)
 
     return checked
 
 
-def _compiling() -> bool:
+def compiling() -> bool:
+    """Whether torch.compile is tracing: what a user sees of a run has no place in a graph."""
     compiler = getattr(torch, "compiler", None)
     return compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
 

@@ -149,6 +149,16 @@ class Meter:
         return values
 
 
+def step_line(runtime: Runtime, values: dict[str, float]) -> str:
+    """What :meth:`Meter.read` found, as a line of a host's log."""
+    shown = {name: f"{value:.4f}" for name, value in values.items()}
+    return (
+        f"MM-TS step {runtime.step}/{runtime.total_steps}: base {values['tau_base']:+.4f}, mean {shown['tau_mean']} "
+        f"[{shown['tau_min']}, {shown['tau_max']}], head {shown['tau_head']}, tail {shown['tau_tail']}, "
+        f"hits {values['hit_rate']:.1%}, phase {values['phase']:.2f}"
+    )
+
+
 class Live:
     """Reports of one run, to the host's own loggers and to ``mmts.jsonl``.
 

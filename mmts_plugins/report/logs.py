@@ -171,11 +171,11 @@ def _json_lines(path: Path, notes: Optional[list[str]] = None) -> Iterator[dict[
 
 
 def _scheduled(path: Optional[Path], record: dict[str, Any], notes: list[str]) -> tuple[dict[str, np.ndarray], Any]:
-    """Ours, from :data:`LOG_NAME`. After a resume the later line of a step wins."""
+    """Ours, from :data:`LOG_NAME`. A step may have several lines; of the same value the later counts."""
     by_step: dict[int, dict[str, Any]] = {}
     for line in _json_lines(path, notes) if path else ():
         if _is_number(line.get("step")):
-            by_step[int(line["step"])] = line
+            by_step.setdefault(int(line["step"]), {}).update(line)
     if not by_step:
         return {}, np.empty(0)
     steps = sorted(by_step)
