@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,19 @@ def test_every_step_equals_the_reference(small_model, data, tmp_path, recorder, 
 
 def test_tensorboard_gets_every_value_at_the_hosts_interval(small_model, data, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    main(flags(small_model, data, tmp_path, report_to="tensorboard", log_every_n_steps=4))
+    options = {"report_to": "tensorboard", "log_every_n_steps": 4, "mmts_diagnostics_every": 5}
+    main(flags(small_model, data, tmp_path, **options))
     events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     names = {name.rsplit("/", 1)[1] for name in events.Tags()["scalars"] if name.startswith("train/mmts/")}
-    assert names == {"tau_base", "tau_mean", "tau_min", "tau_max", "tau_head", "tau_tail", "hit_rate", "phase"}
+    temperatures = {f"tau_{name}" for name in ("base", "mean", "min", "max", "head", "mid", "tail")}
+    diagnostics = {"loss_head", "loss_mid", "loss_tail", "positive_similarity", "negative_similarity", "similarity_gap"}
+    diagnostics |= {"alignment", "uniformity", "equilibrium", "modality_gap"}
+    assert names == temperatures | diagnostics | {"scale_mean", "hit_rate", "phase"}
+    assert [event.step for event in events.Scalars("train/mmts/uniformity")] == [0, 5, 10]
+    lines = [json.loads(line) for line in (tmp_path / "run/checkpoints/mmts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "uniformity" in line] == [0, 5, 10]
+    assert [line["step"] for line in lines if "tau_base" in line] == [0, 4, 5, 6, 10, 11]
     ours = [event.step for event in events.Scalars("train/mmts/tau_base")]
     assert ours == [event.step for event in events.Scalars("train/scale")] == [0, 4, 5, 6, 10, 11]
     base = [event.value for event in events.Scalars("train/mmts/tau_base")]
