@@ -20,6 +20,9 @@ from conftest import REPOSITORY, run_python
 from forked import run_forked
 
 from mmts_plugins.clusters import CLASS, ClusterTable
+from mmts_plugins.config import resolve
+from mmts_plugins.errors import ConfigError
+from mmts_plugins.lookup import KeyLookup
 
 STAND_IN = REPOSITORY / "tests" / "vast_stand_in"
 LAUNCH = ("-m", "torch.distributed.launch", "--standalone", "--nproc_per_node")
@@ -417,6 +420,22 @@ def test_a_bypassed_seam_stops_the_run(bypassed, data, tmp_path):
     assert done.returncode != 0
     expected = {"forward_ret": "step 1 went by without forward_ret", "get_lr_sched": "without its number: no clock"}
     assert expected[bypassed] in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["mmts_key", "mmts_itm_temperature"])
+def test_other_hosts_refuse_what_is_for_vast(flag):
+    flags = {"loss": "mmts", "mmts_no_shifts": True, flag: "host"}
+    with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} is for VAST"):
+        resolve(flags, "mmts-infonce", {"mmts-infonce": "clip-cc3m"})
+
+
+def test_keys_are_found_by_their_text():
+    keys = ["a dog", "", "Ünïcode ☂", *map(str, range(5000))]
+    frequency = [float(1 + i % 7) for i in range(len(keys))]
+    lookup = KeyLookup(ClusterTable.build(keys, [0] * len(keys), frequency))
+    found = lookup([*reversed(keys), "a dog ", "5000", "\ud800"])
+    assert lookup.frequencies[found[:-3]].tolist() == frequency[::-1]
+    assert found[-3:].tolist() == [lookup.missing] * 3
 
 
 # -- repositories derived from VAST, and others ------------------------------------------------------------------------
