@@ -114,7 +114,7 @@ def _cell(entry: Optional[dict[str, Any]], name: str, sign: str = "") -> str:
     if not entry:
         return "–"
     scale = 1 if "rank" in name else 100
-    text = f"{scale * entry['mean']:{sign}.1f}"
+    text = f"{round(scale * entry['mean'], 1) + 0:{sign}.1f}"  # + 0: no -0.0
     return text if entry["sd"] is None else f"{text} ± {scale * entry['sd']:.1f}"
 
 
