@@ -302,7 +302,7 @@ def test_images_and_frames_instead_of_captions(tmp_path: Path) -> None:
     assert table.keys.to_pylist() == [f"caption {number}" for number in range(5)]
     # Four red pictures and two blue ones; caption 0 has one of each.
     assert table.frequency.tolist() == [3, 4, 4, 4, 2]
-    assert table.info["encoder"] == "images timm:weights.pth"
+    assert table.info["encoder"] == "images timm:test_vit/weights.pth"
     assert "does not read images" in refused(tsv, "--encoder", "hashing", *flags, "--force")
     (tmp_path / "3.png").write_bytes(b"no picture")
     assert "3.png: cannot be read as an image" in refused(tsv, "--encoder", encoder, *flags, "--force")

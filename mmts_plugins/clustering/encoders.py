@@ -17,7 +17,8 @@ HASHING = "hashing"
 _HASHING_WIDTH = 256
 _HF = "hf:"
 _OPENCLIP = "openclip:"
-_PREFIXES = (_HF, _OPENCLIP, "timm:")
+TIMM = "timm:"  # images only, see images.py
+_PREFIXES = (_HF, _OPENCLIP, TIMM)
 
 
 def _split(encoder: str) -> tuple[str, str]:
@@ -31,7 +32,7 @@ def _split(encoder: str) -> tuple[str, str]:
 def public_name(encoder: str) -> str:
     """The encoder as a table that is shared may name it: of a local folder or checkpoint the last part."""
     prefix, name = _split(encoder)
-    if prefix == _OPENCLIP:
+    if prefix in (_OPENCLIP, TIMM):
         model, pretrained = openclip_name(name)
         scheme, _, path = model.partition(":") if model.startswith("local-dir:") else ("", "", model)
         parts = [f"{scheme}:{Path(path).resolve().name}" if scheme else model]

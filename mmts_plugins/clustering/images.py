@@ -9,10 +9,9 @@ from typing import Any, Optional
 import numpy as np
 
 from ..errors import ConfigError, MMTSError
-from .encoders import digest, openclip_name
+from .encoders import TIMM, digest, openclip_name
 from .kmeans import pick_device
 
-_TIMM = "timm:"
 _OPENCLIP = "openclip:"
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
@@ -55,7 +54,7 @@ class ImageEncoder:
     """
 
     def __init__(self, name: str, frames: int = 8, batch_size: int = 64, device: Optional[str] = None) -> None:
-        if not name.startswith((_TIMM, _OPENCLIP)):
+        if not name.startswith((TIMM, _OPENCLIP)):
             raise ConfigError(
                 f"--encoder {name} does not read images; with --images take timm:MODEL or openclip:MODEL/PRETRAINED"
             )
@@ -112,12 +111,12 @@ class ImageEncoder:
 
     def _load(self) -> tuple[Any, Any]:
         try:
-            if self.name.startswith(_TIMM):
+            if self.name.startswith(TIMM):
                 import timm
                 from timm.data import config, transforms_factory
 
-                model_name, _, checkpoint = self.name[len(_TIMM) :].partition("/")
-                model = timm.create_model(model_name, pretrained=not checkpoint, checkpoint_path=checkpoint or "")
+                model_name, _, checkpoint = self.name[len(TIMM) :].partition("/")
+                model: Any = timm.create_model(model_name, pretrained=not checkpoint, checkpoint_path=checkpoint or "")
                 model.reset_classifier(0)
                 transform = transforms_factory.create_transform(**config.resolve_model_data_config(model))
                 return model.to(self._device).eval(), transform
