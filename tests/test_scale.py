@@ -171,9 +171,6 @@ def test_the_real_ray(folder: Path, tmp_path: Path) -> None:
     cluster(folder, "--format", "parquet", *COMMON, "--engine", "ray", "--workers", 2, "-o", tmp_path / "t")
     cluster(folder, "--format", "parquet", *COMMON, "-o", tmp_path / "local.parquet")
     assert rows(tmp_path / "t") == rows(tmp_path / "local.parquet")
-    pq.write_table(pa.table({"caption": ["a", " "]}), folder / "c.parquet")
-    message = refused(folder, "--format", "parquet", *COMMON, "--engine", "ray", "--workers", 1, "-o", tmp_path / "u")
-    assert "c.parquet#0-0: holds blank captions" in message
 
 
 # --- large tables
