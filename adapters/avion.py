@@ -248,7 +248,7 @@ class Run:
             what = f"{self.config.distribution} classes" if self.config.distribution else "clusters"
             print(
                 f"MM-TS: {what} of {self.table.source}, by the {self.config.cluster_of}: {len(self.table)} "
-                f"{self.table.kind}s, frequency {self.table.frequency.min():g} to {self.table.frequency.max():g}, "
+                f"{'classes' if self.table.kind == CLASS else 'captions'}, frequency {self.table.frequency.min():g} to {self.table.frequency.max():g}, "
                 f"hash {self.table.content_hash}",
                 flush=True,
             )

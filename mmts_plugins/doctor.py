@@ -105,16 +105,14 @@ def _seam(host: Any, seam: Any) -> int:
 
 
 def _table(path: str) -> int:
-    from .clusters import ClusterTable
+    from .large import open_table
 
     print(f"cluster table {path}")
     try:
-        table = ClusterTable.load(path)
+        table = open_table(path)
     except MMTSError as error:
         _line("PROBLEM", str(error))
         return 1
-    sizes = table.sizes
-    _line("ok", f"{len(table)} {table.kind}s, {int(table.count.sum())} samples, hash {table.content_hash}")
-    _line("ok", f"{len(sizes)} clusters of {sizes[sizes > 0].min()} to {sizes.max()} samples")
-    _line("ok", f"frequency from {table.frequency.min():g} to {table.frequency.max():g}")
+    _line("ok", f"{len(table)} {table.kind}s, {table.samples} samples, hash {table.content_hash}")
+    _line("ok", f"{table.clusters} clusters, frequency from {table.summary.low:g} to {table.summary.high:g}")
     return 0

@@ -296,7 +296,9 @@ def test_one_clear_error_before_training(flags, message, metadata, tmp_path, mon
 def arguments(tmp_path, metadata, **more):
     given = {"train_metadata": str(metadata), "output_dir": str(tmp_path / "out"), "resume": "", "update_freq": 1}
     (tmp_path / "out").mkdir(exist_ok=True)
-    return argparse.Namespace(**{**given, "world_size": 1, "rank": 0, "gpu": None, "epochs": 2, **more})
+    return argparse.Namespace(
+        **{**given, "world_size": 1, "rank": 0, "gpu": None, "epochs": 2, "print_freq": 10, **more}
+    )
 
 
 def samples(classes=CLASSES):

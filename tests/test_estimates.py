@@ -281,6 +281,35 @@ def test_an_openclip_text_tower(tsv: Path, tmp_path: Path, small_model: str) -> 
     assert encoders.public_name(encoder.name) == "openclip:local-dir:tower"
 
 
+def test_images_and_frames_instead_of_captions(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    image = pytest.importorskip("PIL.Image")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "weights.pth")
+    lines = ["filepath\ttitle"]
+    for number in range(6):
+        colour = (250, 0, 0) if number < 4 else (0, 0, 250)
+        where = tmp_path / f"{number}.png" if number else tmp_path / "video" / "1.png"
+        where.parent.mkdir(exist_ok=True)
+        image.new("RGB", (20, 20), colour).save(where)
+        lines.append(f"{'video' if not number else where.name}\tcaption {number % 5}")
+    tsv = write(tmp_path / "t.tsv", "\n".join(lines) + "\n")
+    out, encoder = tmp_path / "t.parquet", f"timm:test_vit/{tmp_path / 'weights.pth'}"
+    flags = ["--images", "filepath", "--image-root", tmp_path, "--device", "cpu", "-k", 2, "--runs", 1, "-o", out]
+    cluster(tsv, "--encoder", encoder, *flags)
+    table = ClusterTable.load(out)
+    assert table.keys.to_pylist() == [f"caption {number}" for number in range(5)]
+    # Four red pictures and two blue ones; caption 0 has one of each.
+    assert table.frequency.tolist() == [3, 4, 4, 4, 2]
+    assert table.info["encoder"] == "images timm:test_vit/weights.pth"
+    assert "does not read images" in refused(tsv, "--encoder", "hashing", *flags, "--force")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    assert "3.png: cannot be read as an image" in refused(tsv, "--encoder", encoder, *flags, "--force")
+    (tmp_path / "3.png").unlink()
+    assert "sample 4: no image" in refused(tsv, "--encoder", encoder, *flags, "--force")
+
+
 # --- what goes wrong
 
 

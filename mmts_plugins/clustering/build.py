@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..clusters import CLASS, ClusterTable
-from .estimate import Estimate
 
 
 def distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -58,15 +57,18 @@ def labelled_table(captions: Sequence[str], labels: Sequence[str], info: dict[st
     return ClusterTable.build(keys, by_size(chosen, count), np.bincount(classes)[chosen], count, info=info), several
 
 
-def clustered_table(keys: Sequence[str], rows: np.ndarray, count: np.ndarray, done: Estimate,
-                    info: dict[str, Any]) -> ClusterTable:  # fmt: skip
+def clustered_table(
+    keys: Sequence[str], rows: np.ndarray, count: np.ndarray, cluster: np.ndarray, frequency: np.ndarray,
+    info: dict[str, Any],
+) -> ClusterTable:  # fmt: skip
     """One key per caption from an estimate of rows.
 
     Args:
         rows: ``[n]`` the key of each row. A key with several rows (embeddings given per sample) gets its most frequent
             cluster and its mean frequency.
         count: ``[M]`` how many samples each key has.
+        cluster, frequency: ``[n]`` of each row.
     """
-    chosen, _ = majority(rows, done.cluster)
-    frequency = np.bincount(rows, weights=done.frequency) / np.bincount(rows)
-    return ClusterTable.build(keys, by_size(chosen, count), frequency, count, info=info)
+    chosen, _ = majority(rows, cluster)
+    mean = np.bincount(rows, weights=frequency) / np.bincount(rows)
+    return ClusterTable.build(keys, by_size(chosen, count), mean, count, info=info)

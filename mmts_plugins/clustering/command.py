@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from .. import __version__
 from ..errors import ConfigError, MMTSError
@@ -64,6 +64,9 @@ _DEFAULTS: dict[str, Any] = {
     "batch_size": 256,
     "device": None,
     "no_cache": False,
+    "images": None,
+    "image_root": None,
+    "frames": 8,
     "tensor": None,
     "estimator": "kmeans",
     "clusters": 200,
@@ -77,7 +80,7 @@ _DEFAULTS: dict[str, Any] = {
     "threads": 2,
 }
 INPUT = ("data", "train_data", "column", "label_column", "keep_blank")
-ENCODING = ("encoder", "batch_size", "no_cache")
+ENCODING = ("encoder", "batch_size", "no_cache", "images", "image_root", "frames")
 _DENSITY = ("radius", "neighbours", "references")
 RECIPE = ("estimator", "clusters", "runs", "seed", "threads", "algorithm", "fit_rows", *_DENSITY)
 
@@ -141,6 +144,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_positive, metavar="N", help=f"of the encoder; default: {_DEFAULTS['batch_size']}")
     add("--device", metavar="NAME", help="such as cuda:0 or cpu; default: a GPU if there is one")
     add("--no-cache", action="store_true", default=None, help="neither read nor keep embeddings in $MMTS_CACHE")
+    add("--images", metavar="COLUMN",
+        help="embed the images that this column of DATA names instead of the captions (a folder: the frames of a "
+        "video), with --encoder timm:MODEL or openclip:MODEL/PRETRAINED; the table stays keyed by caption")  # fmt: skip
+    add(
+        "--image-root", metavar="FOLDER", help="what the paths of --images are relative to; default: the working folder"
+    )
+    add("--frames", type=_positive, metavar="N", help=f"of a folder at most N; default: {_DEFAULTS['frames']}")
     add("--embeddings", metavar="FILE",
         help=".npy or .safetensors [samples, dimensions] to use instead, or a folder of .npy parts in the order of "
         "their names; rows in the order of DATA")  # fmt: skip
@@ -221,9 +231,10 @@ def _make(args: argparse.Namespace) -> tuple[ClusterTable, list[str]]:
     if args.label_column:
         return _from_labels(args, source)
     _say(f"reading {source.data}")
-    samples = read_samples(source)
+    samples = read_samples(source, [args.images] if args.images else ())
     refuse_blank(samples.captions, source.data, args.keep_blank)
-    table = _from_clusters(args, samples.captions, {"source": _name(source.data), "column": samples.column})
+    about = {"source": _name(source.data), "column": samples.column}
+    table = _from_clusters(args, samples.captions, about, samples.labels)
     return table, samples.notes
 
 
@@ -260,11 +271,12 @@ class Prepared:
         keys: ``[M]`` the distinct captions.
         count: ``[M]`` int64, how many samples each has.
         points: ``[n, d]`` one row per distinct caption, or per sample where embeddings were given.
-        rows: ``[n]`` the key of each row.
+        rows: ``[n]`` the key of each row (with ``point``: of each sample).
         weight: ``[n]`` float64, samples per row.
         hashes: ``[n]`` uint64 by which samples of rows are drawn.
         encoder: as a table names it.
         packages: the distributions whose versions matter.
+        point: ``[samples]`` the row of each sample where rows are images; ``None``: a row belongs to one key.
     """
 
     keys: list[str]
@@ -275,9 +287,10 @@ class Prepared:
     hashes: np.ndarray
     encoder: str
     packages: tuple[str, ...]
+    point: Optional[np.ndarray] = None
 
 
-def prepare(args: argparse.Namespace, captions: Sequence[str], source: str) -> Prepared:
+def prepare(args: argparse.Namespace, captions: Sequence[str], source: str, images: Sequence[str] = ()) -> Prepared:
     """Embed what the flags say, or read the embeddings that they name."""
     import numpy as np
 
@@ -301,6 +314,8 @@ def prepare(args: argparse.Namespace, captions: Sequence[str], source: str) -> P
             )
         return Prepared(keys, count, points, rows, np.ones(len(points)), np.arange(len(points), dtype=np.uint64),
                         f"embeddings {_name(args.embeddings)}", ())  # fmt: skip
+    if images:
+        return _prepare_images(args, keys, rows, count, images, source)
     _say(f"embedding {len(keys):,} distinct captions with {args.encoder}")
     if args.encoder == encoders.TFIDF:
         points = Rows(encoders.tfidf(keys, args.seed))
@@ -312,6 +327,27 @@ def prepare(args: argparse.Namespace, captions: Sequence[str], source: str) -> P
                     encoders.public_name(args.encoder), encoders.packages(args.encoder))  # fmt: skip
 
 
+def _prepare_images(
+    args: argparse.Namespace, keys: list[str], rows: np.ndarray, count: np.ndarray, images: Sequence[str], source: str
+) -> Prepared:
+    import numpy as np
+
+    from . import build, cache
+    from .encoders import public_name
+    from .images import ImageEncoder, stamped
+    from .rows import caption_hashes
+
+    encoder = ImageEncoder(args.encoder, args.frames, min(args.batch_size, 64), args.device)
+    paths, point = build.distinct(images)
+    stamps = stamped(paths, args.image_root, source)
+    _say(f"embedding {len(paths):,} distinct images with {args.encoder}")
+    identity = None if args.no_cache else encoder.identity()
+    points = cache.embed(encoder.encode, identity, stamps, f"--encoder {args.encoder}")
+    packages = ("timm", "torch") if args.encoder.startswith("timm:") else ("open_clip_torch", "torch")
+    return Prepared(keys, count, points, rows, np.bincount(point).astype(float), caption_hashes(paths),
+                    f"images {public_name(args.encoder)}", packages, point)  # fmt: skip
+
+
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """What the flags of :func:`add_recipe` say."""
     from .estimate import Recipe
@@ -320,11 +356,13 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe(**{name: getattr(args, name) for name in names})
 
 
-def _from_clusters(args: argparse.Namespace, captions: Sequence[str], about: dict[str, Any]) -> ClusterTable:
+def _from_clusters(
+    args: argparse.Namespace, captions: Sequence[str], about: dict[str, Any], images: Sequence[str]
+) -> ClusterTable:
     from . import build, stability
     from .estimate import estimate, resolve
 
-    data = prepare(args, captions, about["source"])
+    data = prepare(args, captions, about["source"], images)
     recipe = resolve(data.points, recipe_of(args))
     _say(f"{recipe.describe()}, over {len(data.points):,} embeddings of {data.points.width} dimensions")
     done = estimate(data.points, data.weight, recipe, data.hashes)
@@ -333,7 +371,10 @@ def _from_clusters(args: argparse.Namespace, captions: Sequence[str], about: dic
                  packages=dict.fromkeys((*backend, *data.packages)), encoder=data.encoder, **recipe.record(),
                  unique=len(data.keys), duplicates=len(captions) - len(data.keys),
                  stability=stability.of_runs(done, data.weight, recipe), **about)  # fmt: skip
-    return build.clustered_table(data.keys, data.rows, data.count, done, info)
+    cluster, frequency = done.cluster, done.frequency
+    if data.point is not None:
+        cluster, frequency = cluster[data.point], frequency[data.point]
+    return build.clustered_table(data.keys, data.rows, data.count, cluster, frequency, info)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -360,11 +401,15 @@ def check_flags(args: argparse.Namespace) -> None:
         refuse(ENCODING, "with --embeddings")
     else:
         refuse(("tensor",), "without --embeddings")
+    if args.images is None:
+        refuse(("image_root", "frames"), "without --images")
+    elif args.encoder is None:
+        raise ConfigError("--images needs an encoder of images: --encoder timm:MODEL or openclip:MODEL/PRETRAINED")
     ray = getattr(args, "engine", "local") == "ray"
-    if ray and (args.embeddings or args.encoder == "tfidf" or args.algorithm not in (None, "sample")):
+    if ray and (args.embeddings or args.images or args.encoder == "tfidf" or args.algorithm not in (None, "sample")):
         raise ConfigError(
-            "--engine ray embeds captions one by one and fits on a sample: not with --embeddings, --encoder tfidf or "
-            "another --algorithm"
+            "--engine ray embeds captions one by one and fits on a sample: not with --embeddings, --images, "
+            "--encoder tfidf or another --algorithm"
         )
     if ray and args.estimator not in (None, "kmeans"):
         raise ConfigError(f"--engine ray has --estimator kmeans only, not {args.estimator}")

@@ -17,7 +17,8 @@ HASHING = "hashing"
 _HASHING_WIDTH = 256
 _HF = "hf:"
 _OPENCLIP = "openclip:"
-_PREFIXES = (_HF, _OPENCLIP)
+TIMM = "timm:"  # images only, see images.py
+_PREFIXES = (_HF, _OPENCLIP, TIMM)
 
 
 def _split(encoder: str) -> tuple[str, str]:
@@ -31,7 +32,7 @@ def _split(encoder: str) -> tuple[str, str]:
 def public_name(encoder: str) -> str:
     """The encoder as a table that is shared may name it: of a local folder or checkpoint the last part."""
     prefix, name = _split(encoder)
-    if prefix == _OPENCLIP:
+    if prefix in (_OPENCLIP, TIMM):
         model, pretrained = openclip_name(name)
         scheme, _, path = model.partition(":") if model.startswith("local-dir:") else ("", "", model)
         parts = [f"{scheme}:{Path(path).resolve().name}" if scheme else model]
@@ -79,11 +80,11 @@ class TextEncoder:
         if prefix == _OPENCLIP:
             model, pretrained = openclip_name(name)
             local = model[len("local-dir:") :] if model.startswith("local-dir:") else pretrained
-            weights = _digest(Path(local)) if Path(local).exists() else (None if "hf-hub:" in model else pretrained)
+            weights = digest(Path(local)) if Path(local).exists() else (None if "hf-hub:" in model else pretrained)
             if weights is not None:
                 weights = f"{'' if model.startswith('local-dir:') else model} {weights}"
         else:
-            weights = _digest(Path(name)) if Path(name).is_dir() else _hub_commit(name)
+            weights = digest(Path(name)) if Path(name).is_dir() else _hub_commit(name)
         return None if weights is None else f"{prefix}{weights} {'bf16' if self._half() else 'fp32'}"
 
     def encode(self, captions: Sequence[str], progress: bool = False) -> np.ndarray:
@@ -188,16 +189,16 @@ def encode(encoder: str, captions: Sequence[str], seed: int = 0) -> np.ndarray:
     return tfidf(captions, seed) if encoder == TFIDF else TextEncoder(encoder).encode(captions)
 
 
-def _digest(path: Path) -> str:
-    """Of a file's content, or of all files below a folder."""
-    digest = hashlib.blake2b(digest_size=16)
+def digest(path: Path) -> str:
+    """A hash of a file's content, or of all files below a folder."""
+    found = hashlib.blake2b(digest_size=16)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(str(file.relative_to(path)).encode())
+            found.update(str(file.relative_to(path)).encode())
             with file.open("rb") as stream:
                 for block in iter(lambda: stream.read(1 << 20), b""):
-                    digest.update(block)
-    return digest.hexdigest()
+                    found.update(block)
+    return found.hexdigest()
 
 
 def _hub_commit(name: str) -> Optional[str]:

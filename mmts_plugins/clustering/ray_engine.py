@@ -76,7 +76,9 @@ class _Pool:
         self._ours = not self._ray.is_initialized()
         if self._ours:
             local: dict[str, Any] = (
-                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": self._workers, "include_dashboard": False}
+                {}
+                if os.environ.get("RAY_ADDRESS")
+                else {"address": "local", "num_cpus": self._workers, "include_dashboard": False}
             )
             self._ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
         self._ray.data.DataContext.get_current().enable_progress_bars = False

@@ -90,9 +90,9 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         from .sources import read_samples, refuse_blank
 
         source = command.source_of(options)
-        captions = read_samples(source).captions
-        refuse_blank(captions, source.data, options.keep_blank)
-        data = command.prepare(options, captions, source.data)
+        samples = read_samples(source, [options.images] if options.images else ())
+        refuse_blank(samples.captions, source.data, options.keep_blank)
+        data = command.prepare(options, samples.captions, source.data, samples.labels)
         recipe = resolve(data.points, command.recipe_of(options))
         preset = PRESETS[args.preset]
         measured = stability.of_recipe(
