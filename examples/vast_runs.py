@@ -76,7 +76,8 @@ def run(example: Example, args: argparse.Namespace) -> int:
         ours = _flags(example, row, table, args.mmts)
         print(f"\n== {row}", flush=True)
         if args.dry_run and ours:
-            _command([*_MMTS, "schedule", "--host", "vast", "--total-steps", str(steps), *ours], work)
+            to_come = [] if table.exists() else ["--no-table"]
+            _command([*_MMTS, "schedule", "--host", "vast", "--total-steps", str(steps), *to_come, *ours], work)
         common = [*_launch(args), "--config", str(example.config)]
         training = [*example.training, "--pretrain_dir", args.pretrain_dir, *shlex.split(args.vast)]
         _command([*common, *training, "--output_dir", str(output / row), *ours], work, args.dry_run)

@@ -161,7 +161,7 @@ def host_names() -> list[str]:
 
 
 def resolve_for(
-    host: str, flags: dict[str, Any], train_metadata: Optional[str] = None
+    host: str, flags: dict[str, Any], train_metadata: Optional[str] = None, with_table: bool = True
 ) -> tuple[Config, Optional[ClusterTable]]:
     """The configuration and the table that ``host``'s adapter would make of these flags.
 
@@ -169,6 +169,7 @@ def resolve_for(
         host: one of :func:`host_names`.
         flags: ours, from :func:`mmts_plugins.config.split_flags`.
         train_metadata: the annotation file of a host that counts classes itself.
+        with_table: load the table; otherwise there is none, as while it is still to be made.
 
     Raises:
         ConfigError, TableError: what would stop the run.
@@ -181,7 +182,7 @@ def resolve_for(
     counts_classes = "distribution" in defaults
     if not counts_classes and train_metadata is not None:
         raise ConfigError(f"--train-metadata is for AVION's classes; {host} takes --mmts-clusters")
-    if config.no_shifts:
+    if config.no_shifts or not with_table:
         return config, None
     if config.clusters is not None:
         return config, getattr(adapter, "load_table", _captions)(config.clusters)
@@ -220,7 +221,9 @@ def _facts(plan: Plan, host: str) -> list[str]:
             ("", f"frequency {table.frequency.min():g} to {table.frequency.max():g}, hash {table.content_hash}"),
         ]
     elif not plan.values["no_shifts"]:
-        facts.append(("clusters", "counted in the run's --train-metadata; give it here too to see the thirds"))
+        given = plan.values.get("clusters")
+        counted = "counted in the run's --train-metadata; give it here too to see the thirds"
+        facts.append(("clusters", f"{given}, not looked at" if given else counted))
     steps, period = plan.total_steps, plan.schedule.period
     if plan.schedule.alpha:
         facts.append(("period", f"{period:g} steps: {steps / period:g} periods over {steps:,} steps"))

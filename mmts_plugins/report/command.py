@@ -43,6 +43,11 @@ def _add_schedule(commands: Any) -> None:
         metavar="FILE",
         help="AVION: the annotation file whose classes the run counts, where no --mmts-clusters is given",
     )
+    parser.add_argument(
+        "--no-table",
+        action="store_true",
+        help="the file of --mmts-clusters is still to be made: show the extremes of its shifts without it",
+    )
     parser.set_defaults(run=_run_schedule)
 
 
@@ -52,7 +57,7 @@ def _run_schedule(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name == "loss" or name.startswith("mmts_")}
     if "mmts_config" not in flags:
         flags.setdefault("loss", "mmts")
-    config, table = resolve_for(args.host, flags, args.train_metadata)
+    config, table = resolve_for(args.host, flags, args.train_metadata, not args.no_table)
     print(describe(Plan(vars(config), args.total_steps, table), args.host))
     for warning in config.warnings():
         print(f"\nwarning: {warning}")
