@@ -172,6 +172,79 @@ class Run:
             what, keys = "captions", [str(sample[4]) for sample in dataset.samples]
         else:
             assert self.config.distribution is not None
+            what = f"{self.config.distribution} classes"
+            keys = [_key(self.config.distribution, *sample[-2:]) for sample in dataset.samples]
+        found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self.table.keys)
+        rows: np.ndarray = found.fill_null(len(self.table)).to_numpy(zero_copy_only=False).astype(np.int64)
+        absent = [keys[i] for i in np.flatnonzero(rows == len(self.table))]
+        self._check_found(absent, len(keys), "training samples", what)
+        return rows
+
+    def _look_up(self, dataset: Any) -> None:
+        """Index the table by the host's tokens, once, and try captions of this data set."""
+        assert self.table is not None
+        args = self._args
+        if self.lookup is None:
+            with first_on_node(args.gpu or 0, args.world_size > 1):
+                self.lookup = TokenLookup(self.table, dataset.tokenizer, _PAD, _device(args))
+        spread = np.unique(np.linspace(0, len(dataset.samples) - 1, _PROBED).astype(int))
+        drawn = getattr(dataset, "metadata_sentence", None)
+        captions = (
+            [caption for i in spread for caption in _narrations_of(dataset.samples[i])]
+            if drawn is None
+            else [str(caption) for caption in drawn.iloc[:, 1]]
+        )
+        index = self.lookup(dataset.tokenizer(captions).to(_device(args)))
+        absent = [captions[i] for i in torch.nonzero(index == self.lookup.missing).flatten().tolist()]
+        self._check_found(absent, len(captions), f"captions of {dataset.metadata}", "captions")
+
+    def _check_found(self, absent: Sequence[str], total: int, where: str, what: str) -> None:
+        assert self.table is not None
+        if not absent:
+            return
+        message = (
+            f"{len(absent)} of {total} {where} are of {len(set(absent))} {what} that {self.table.source} does not "
+            f"know, for example {'; '.join(sorted(set(absent))[:5])}"
+        )
+        if self.config.missing == "error":
+            other = "" if what == "captions" else "another distribution (--mmts-distribution noun|verb|verb_noun), or "
+            raise TableError(f"{message}. Choose {other}what they get (--mmts-missing tail|mean)")
+        if len(absent) * 2 > total:
+            raise TableError(f"{message}. Was the table made from other captions or classes?")
+        if len(absent) * 100 > total:
+            print(f"MM-TS: warning: {message}; they get the {self.config.missing} shift (--mmts-missing)")
+
+    def prepare(self, total_steps: int) -> None:
+        """When the length of the run is known, before its first step: the last checks, the banner, ``mmts.yaml``.
+
+        Raises:
+            ConfigError: no step to train, ranks that differ, or a resumed run that differs.
+            SeamError: AVION's arguments were never seen.
+        """
+        args = self._args
+        if args is None:
+            raise SeamError(f"AVION {self.host_version}: training starts without init_distributed_mode(args)")
+        if total_steps < 1:
+            raise ConfigError("the run has no optimizer step: lower --batch-size or raise --epochs")
+        device = _device(args)
+        values = record(
+            self.config, total_steps, self.table.content_hash if self.table else None, "AVION", self.host_version
+        )
+        if args.world_size > 1:
+            check_ranks_agree(values, args.rank, args.world_size, device)
+        checkpoint = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
+        if os.path.isfile(checkpoint):
+            check_resume(Path(checkpoint).parent / FILE_NAME, values, self.allow_change)
+        frequencies = np.ones(1) if self.table is None else self.table.frequency
+        if self.lookup is not None:
+            frequencies = self.lookup.frequencies
+        self.runtime = Runtime(self.config, self.table, frequencies, total_steps, device)
+        path = Path(args.output_dir) / LOG_NAME
+        self.live = Live(self.runtime, path=path, rank=args.rank, world_size=args.world_size)
+        if args.rank != 0:
+            return
+        print(f"MM-TS: {self.runtime.describe()}")
+        if self.table is not None:
             what = f"{self.config.distribution} classes" if self.config.distribution else "clusters"
             keys = "classes" if self.table.kind == CLASS else "captions"
             print(
