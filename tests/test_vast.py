@@ -578,8 +578,6 @@ def ssv2_annotations(checkout: Path) -> None:
 
 
 def test_example_dry_run(checkout):
-    if run_python("-m", "mmts_plugins", "schedule", "--help").returncode:
-        pytest.skip("mmts schedule is not there yet")
     ssv2_annotations(checkout)
     script = REPOSITORY / "examples" / "vast_ssv2_lt" / "run.py"
     flags = ("--vast-root", checkout, "--output", checkout / "out", "--vast", "--train_batch_size 2", "--dry-run")

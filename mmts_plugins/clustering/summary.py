@@ -50,8 +50,8 @@ def summarise(table: ClusterTable, path: str) -> str:
                 lines.append((start + _printable(key, width - len(start))).rstrip())
                 start = " " * len(start)
 
-    command = "python -m open_clip_train.main ..." if captions else "<your training command>"
-    lines += ["", f"Written to {path}. Next:", f"  {command} --loss mmts --mmts-clusters {shlex.quote(path)}"]
+    lines += ["", f"Written to {path}. Next, with your training command:"]
+    lines += [f"  ... --loss mmts --mmts-clusters {shlex.quote(path)}"]
     return "\n".join(lines)
 
 
