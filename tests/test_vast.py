@@ -743,6 +743,7 @@ def test_real_loop_resumed(real, tmp_path):
     assert same(*(checkpoints(output_folder(real, tmp_path, name)) for name in ("whole", "cut")))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.1", reason="VAST gathers bfloat16, which gloo of this torch cannot")
 @needs_vast
 def test_real_loop_with_lists_of_one_caption_and_amp(tmp_path):
     listed = Real(tmp_path / "data", "list1")
