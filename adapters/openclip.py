@@ -199,8 +199,7 @@ class Run:
             raise SeamError(
                 f"open_clip_torch {self.host_version}: --loss mmts replaces ClipLoss or CoCaLoss; this run has {name}"
             )
-        assert self.live is not None
-        return ScheduledLoss(self.config.loss, host_loss, self.live.watch, self._loss_called if watched else None)
+        return ScheduledLoss(self.config.loss, host_loss, self._show, self._loss_called if watched else None)
 
     # -- every epoch and step ---------------------------------------------------------------------------------------
 
@@ -284,6 +283,10 @@ class Run:
         self._awaiting_loss = False
 
     # -- what the user sees -----------------------------------------------------------------------------------------
+
+    def _show(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> None:
+        assert self.live is not None  # made after 4.x makes its loss, before it trains
+        self.live.watch(image_features, text_features, temperature)
 
     def _watch(self, tokens: Tensor, missed: Tensor) -> None:
         """The first batches: warn below 99% of captions found, stop below 50%. Waits for the device."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +136,17 @@ def test_resumed_run_logs_where_the_host_does(small_model, data, tmp_path):
     assert events.Scalars("train/logit_scale")[0].value == pytest.approx(scale, rel=1e-5)
     assert f"Logit Scale: {scale:.3f} " in log
     assert "host_version: 4." in (tmp_path / "run/checkpoints/mmts.yaml").read_text()
+
+
+def test_trackio_gets_our_values(small_model, data, tmp_path):
+    pytest.importorskip("trackio", reason="install trackio")
+    arguments = flags(small_model, data, tmp_path, report_to="trackio", log_every_n_steps=3, mmts_diagnostics_every=6)
+    train("-m", "open_clip_train.main", *arguments, TRACKIO_DIR=str(tmp_path / "trackio"))
+    (store,) = (tmp_path / "trackio").glob("*.db")
+    with closing(sqlite3.connect(store)) as database:
+        rows = [(step, json.loads(row)) for step, row in database.execute("SELECT step, metrics FROM metrics")]
+    assert {step for step, row in rows if "train/mmts/tau_mean" in row} == {0, 3, 5, 6, 9, 11}
+    assert {step for step, row in rows if "train/mmts/uniformity" in row} == {0, 6}
 
 
 REFUSED = {
