@@ -134,7 +134,7 @@ def test_schedule_counts_classes_and_warns(tmp_path: Path, capsys: pytest.Captur
         (["--host", "openclip", "--mmts-clusters", "gone.parquet"], "gone.parquet: no such cluster table"),
         (["--host", "openclip"], "needs the cluster table"),
         (["--host", "openclip", "--mmts-no-shifts", "--mmts-alpha", "0.2"], "must stay above zero"),
-        (["--host", "openclip", "--mmts-no-shifts", "--mmts-distribution", "noun"], "AVION's classes"),
+        (["--host", "openclip", "--mmts-no-shifts", "--mmts-distribution", "noun"], "is for AVION"),
         (["--host", "openclip", "--mmts-no-shifts", "--train-metadata", "x.csv"], "AVION's classes"),
         (["--host", "avion", "--train-metadata", "x.csv"], "x.csv: cannot be read"),
         (["--host", "clip", "--mmts-no-shifts"], "no adapter; choose from avion, openclip"),
@@ -500,7 +500,7 @@ def test_logs_are_read_as_they_were_left(made: Path, tmp_path: Path) -> None:
     assert found.series["loss"][[0, -2, -1]].tolist() == [[0, 4.0], [80, 9.0], [90, 2.2]]
     assert found.series["tau_base"][-2].tolist() == [80, 0.5]
     assert found.steps.tolist() == list(range(0, 100, 10))
-    assert len(found.series["tau_head"]) == 9  # the later line of step 80 has none
+    assert len(found.series["tau_head"]) == 10  # the later line of step 80 has none, and takes nothing from the first
     assert any("1 line(s) could not be read" in note for note in found.notes)
     assert any("from step 95 on: the training diverged" in note for note in found.notes)
     for inside in (folder / "checkpoints", folder / "checkpoints" / "mmts.yaml"):
