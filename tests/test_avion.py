@@ -479,6 +479,35 @@ def test_help_and_other_scripts(tmp_path):
     assert "in AVION, --loss mmts is for main_lavila_finetune_mir.py" in done.stdout.splitlines()[-1]
 
 
+def test_example_dry_run(metadata, tmp_path):
+    folders = {name: tmp_path / name for name in ("AVION", "videos", "annotations")}
+    for folder in (*folders.values(), folders["AVION"] / "third_party/decord/python", folders["AVION"] / "scripts"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (folders["AVION"] / "scripts" / SCRIPT).touch()
+    (folders["annotations"] / "relevancy").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(metadata, folders["annotations"] / f"EPIC_100_retrieval_{split}.csv")
+        (folders["annotations"] / f"EPIC_100_retrieval_{split}_sentence.csv").touch()
+        (folders["annotations"] / "relevancy" / f"caption_relevancy_EPIC_100_retrieval_{split}.pkl").touch()
+    flags = [word for name, folder in folders.items() for word in (f"--{name.lower()}", folder)]
+    flags += ["--checkpoint", tmp_path / "checkpoint.pt", "--output", tmp_path / "out", "--dry-run"]
+    example = REPOSITORY / "examples" / "avion_ek100_mir" / "run.py"
+    done = run_python(example, "clip-ts", *flags)
+    assert done.returncode == 1
+    assert f"missing: {tmp_path / 'checkpoint.pt'}" in done.stdout
+    (tmp_path / "checkpoint.pt").touch()
+    # 24 samples fill no batch of 512: the run would have no step, and the dry run says so.
+    done = run_python(example, "clip-ts", *flags)
+    assert done.returncode == 1
+    assert "a run has at least one optimizer step" in done.stdout
+    write_metadata(folders["annotations"] / "EPIC_100_retrieval_train.csv", CLASSES * 30)
+    done = run_python(example, "verbs-nouns", *flags, "--", "--print-freq", 50)
+    assert done.returncode == 0, done.stdout
+    assert "--loss mmts --mmts-distribution verb_noun --print-freq 50" in done.stdout
+    assert "period        20 steps: 5 periods over 100 steps" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
 def test_counts_equal_the_published_distributions():
     folder = Path(os.environ.get("MMTS_DATA", REPOSITORY.parent / "shared" / "data")) / "ek100"
     if not folder.is_dir():

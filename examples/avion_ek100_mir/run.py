@@ -63,8 +63,11 @@ def parse_args() -> argparse.Namespace:
         "--gpus", type=int, choices=(1, 2, 4, 8), default=8, help="of this node; 8 x 64 = 4 x 128 samples"
     )
     parser.add_argument("--dry-run", action="store_true", help="check paths, print command, config and schedule, stop")
-    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:end])
+    args.more = words[end + 1 :]
+    return args
 
 
 def main() -> int:
