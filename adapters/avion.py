@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clusters import CAPTION, CLASS, ClusterTable
-from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
+from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node, gather_rows
 from ..errors import ConfigError, SeamError, TableError
-from ..live import LOG_NAME, Live, Meter
+from ..live import Live, Meter
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
@@ -174,11 +172,9 @@ class Run:
             assert self.config.distribution is not None
             what = f"{self.config.distribution} classes"
             keys = [_key(self.config.distribution, *sample[-2:]) for sample in dataset.samples]
-        found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self.table.keys)
-        rows: np.ndarray = found.fill_null(len(self.table)).to_numpy(zero_copy_only=False).astype(np.int64)
-        absent = [keys[i] for i in np.flatnonzero(rows == len(self.table))]
-        self._check_found(absent, len(keys), "training samples", what)
-        return rows
+        rows = self.table.rows_of(keys)
+        self._check_found([keys[i] for i in np.flatnonzero(rows < 0)], len(keys), "training samples", what)
+        return np.where(rows < 0, len(self.table), rows)
 
     def _look_up(self, dataset: Any) -> None:
         """Index the table by the host's tokens, once, and try captions of this data set."""
@@ -414,11 +410,11 @@ def narrations(metadata: str, distribution: str, classes: ClusterTable) -> Clust
     of: dict[str, Counter[str]] = {}
     for line, narration, *pair in _read(metadata, columns, "an EK-100 annotation file"):
         of.setdefault(narration, Counter())[_class(metadata, line, distribution, *pair)] += 1
-    row = {key: index for index, key in enumerate(classes.keys.to_pylist())}
-    keys = sorted(narration for narration, seen in of.items() if seen.most_common(1)[0][0] in row)
-    if not keys:
+    rows = classes.rows_of([seen.most_common(1)[0][0] for seen in of.values()])
+    known = sorted((narration, row) for narration, row in zip(of, rows.tolist()) if row >= 0)
+    if not known:
         raise TableError(f"{classes.source}: knows none of the {distribution} classes of {metadata}")
-    cluster = [row[of[key].most_common(1)[0][0]] for key in keys]
+    keys, cluster = [narration for narration, _ in known], [row for _, row in known]
     count = [sum(of[key].values()) for key in keys]
     table = ClusterTable.build(keys, cluster, classes.frequency[cluster], count, CAPTION)
     return replace(table, source=classes.source)

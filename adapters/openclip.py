@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..clusters import CAPTION, ClusterTable
-from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
+from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node
 from ..errors import ConfigError, SeamError, TableError
 from ..functional import compiling
 from ..large import LargeTable, open_table
-from ..live import LOG_NAME, Live, Meter, step_line
+from ..live import Live, Meter, step_line
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN

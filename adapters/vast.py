@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..clusters import CAPTION, ClusterTable
-from ..config import FILE_NAME, Config, check_resume, record, resolve, write_record
+from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, rank_info_nce
 from ..errors import ConfigError, SeamError, TableError
-from ..live import LOG_NAME, Live, Meter, step_line
+from ..live import Live, Meter, step_line
 from ..lookup import KeyLookup
 from ..losses import MaxMarginLoss
 from ..presets import INFONCE, MAX_MARGIN
@@ -237,8 +237,7 @@ class Run:
         losses = self._losses(host, model, batch, task, temperature)
         if not self.variant.volumes:  # of volumes there is no similarity of pairs to show
             assert self.live is not None
-            clips, texts = batch[f"feat_{task.split('%')[1][1:]}"], batch["feat_t"]
-            self.live.watch(clips, texts, temperature.to(texts.device))
+            self.live.watch(batch[f"feat_{task.split('%')[1][1:]}"], batch["feat_t"], temperature)
         return losses
 
     def _losses(

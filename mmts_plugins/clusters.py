@@ -187,6 +187,11 @@ class ClusterTable:
             means.append(float(np.average(values[order], weights=inside)))
         return means[0], means[1], means[2]
 
+    def rows_of(self, keys: Sequence[str]) -> np.ndarray:
+        """``[n]`` int64: the row of each key, -1 where the table does not have it."""
+        found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self.keys)
+        return cast(np.ndarray, found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64))
+
     def third_borders(self) -> tuple[float, float]:
         """The lowest frequency of the head and of the middle, as in :meth:`thirds`; infinite where nothing is."""
         distinct = np.unique(self.frequency)

@@ -26,6 +26,9 @@ CLUSTER_OF = ("segment", "caption")
 KEYS = ("caption", "id")
 ITM_TEMPERATURES = ("mmts", "host")
 FILE_NAME = "mmts.yaml"
+LOG_NAME = "mmts.jsonl"
+THIRDS = ("head", "mid", "tail")
+"""Of the training samples ranked by frequency, as logs and evaluations name them."""
 DEFAULT_OSCILLATIONS = 5.0
 SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
 

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import THIRDS
 from .distributed import gather_rows
 from .functional import full_precision
 from .presets import INFONCE
 from .runtime import Runtime
 
-LOG_NAME = "mmts.jsonl"
-THIRDS = ("head", "mid", "tail")
 _BLOCK = 256  # anchors at a time: two blocks of similarities are all the memory that a measurement takes
 _UNIFORMITY_ROWS = 1024
 
@@ -200,13 +199,14 @@ class Live:
 
         Args:
             image_features, text_features: ``[n, D]`` of this rank.
-            temperature: ``[n]``.
+            temperature: ``[n]``, on any device: it is moved only where it is needed.
         """
         runtime = self._runtime
         every, step = runtime.config.diagnostics_every, runtime.step
         if not every or step % every or step == self._measured:
             return
         self._measured = step  # once, however often accumulation calls the loss
+        temperature = temperature.to(image_features.device)
         third = runtime.third(temperature - runtime.base)
         config, ranks = runtime.config, (self._rank, self._world_size)
         found = batch_statistics(

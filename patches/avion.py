@@ -82,23 +82,29 @@ def _take_flags(module: ModuleType) -> None:
     if script in _SCRIPTS and {"-h", "--help"} & set(sys.argv):
         print(flag_parser().format_help())
         return
-    from ..adapters.avion import Run, authors_flags
-
-    if _travelling is None and asks_for_us(sys.argv):
-        flags, rest = split_flags(authors_flags(sys.argv[1:]))
-        if not flags:
-            return
-        if script not in _SCRIPTS:
-            raise ConfigError(f"{script or 'this process'}: in AVION, --loss mmts is for {', '.join(sorted(_SCRIPTS))}")
-        sys.argv[1:] = rest
-        arrived = Travelling(_SCRIPTS[script], flags)
-        if script in _SUBMITTED:
-            _travelling = arrived
-    elif _travelling is not None:
-        arrived = _travelling
-    else:
+    ours = _travelling or _own_flags(script)
+    if ours is None:
         return
-    _run = Run(arrived.flags, HOST.version(), arrived.script == PRETRAINING)
+    if script in _SUBMITTED:
+        _travelling = ours
+    from ..adapters.avion import Run
+
+    _run = Run(ours.flags, HOST.version(), ours.script == PRETRAINING)
+
+
+def _own_flags(script: str) -> Optional[Travelling]:
+    """Ours on this process's command line, and off it; ``None`` where there are none."""
+    if not asks_for_us(sys.argv):
+        return None
+    from ..adapters.avion import authors_flags
+
+    flags, rest = split_flags(authors_flags(sys.argv[1:]))
+    if not flags:
+        return None
+    if script not in _SCRIPTS:
+        raise ConfigError(f"{script or 'this process'}: in AVION, --loss mmts is for {', '.join(sorted(_SCRIPTS))}")
+    sys.argv[1:] = rest
+    return Travelling(_SCRIPTS[script], flags)
 
 
 def _get_args_parser(original: Callable[..., Any]) -> Any:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 
 from ..clustering.sources import load_npy, read_embeddings
 from ..clusters import CLASS, ClusterTable
+from ..config import THIRDS
 from ..errors import ConfigError, MMTSError
 from ..retrieval import KS, class_embeddings, class_ranks, graded, ranks
 from . import frequency, relevancy, sets
 from .model import encode_images, encode_texts, load_model
-from .statistics import THIRDS, Measure, Queries, class_mean, mean, median, shown, summarise
+from .statistics import Measure, Queries, class_mean, mean, median, shown, summarise
 
 TEMPLATE = "a photo of a {}."
 IMAGES, TEXTS = "image", "text"

@@ -68,6 +68,5 @@ def of_captions(
 
 def _looked_up(table: ClusterTable, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """``[n]`` frequencies, 0 where unknown, and ``[n]`` whether known."""
-    index = {key: row for row, key in enumerate(table.keys.to_pylist())}
-    rows = np.array([index.get(key, -1) for key in keys], np.int64)
+    rows = table.rows_of(keys)
     return np.where(rows >= 0, table.frequency[rows], 0.0), rows >= 0

@@ -9,7 +9,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-THIRDS = ("head", "mid", "tail")
+from ..config import THIRDS
+
 LEVEL = 0.95
 RESAMPLES = 1000
 

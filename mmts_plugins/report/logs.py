@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 
 from .._files import PathLike
-from ..config import FILE_NAME, read_record
+from ..config import FILE_NAME, LOG_NAME, THIRDS, read_record
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-LOG_NAME = "mmts.jsonl"
-THIRDS = ("head", "mid", "tail")
 _OPENCLIP_LINE = re.compile(r"Train Epoch: (\d+) \[.*?\((\d+)%\)\].*?Logit Scale: ([\d.]+).* Loss: ([\d.naif-]+) \(")
 _NOT_SERIES = ("step", "total_steps", "epoch", "phase")
 

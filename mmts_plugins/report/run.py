@@ -12,11 +12,11 @@ import numpy as np
 
 from .._files import replacing
 from ..clusters import CAPTION
-from ..config import FILE_NAME
+from ..config import FILE_NAME, THIRDS
 from ..errors import ConfigError, MMTSError
 from ..plan import Plan, named_table
 from ..presets import INFONCE
-from .logs import THIRDS, Metric, Score, TrainingLog, read_run
+from .logs import Metric, Score, TrainingLog, read_run
 from .page import Page, number, slug
 from .plots import HEAD, MIDDLE, PLAIN, SERIES, TAIL, legend_above, new_figure, save
 from .schedule import draw_run
