@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test clean
+.PHONY: help demo test mutants clean
 
 help:
 	@echo "make demo   train a small OpenCLIP model plain and with MM-TS, and compare them (minutes, no GPU)"
 	@echo "make test   lint, type-check and test everything"
+	@echo "make mutants   break the code on purpose, a line at a time, and see a test fail each time (long)"
 	@echo "make clean  remove .venv and the demo's output"
 
 $(VENV)/bin/python:
@@ -33,6 +34,9 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants/run.py
 
 clean:
 	rm -rf $(VENV) mmts_demo

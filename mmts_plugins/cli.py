@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from . import __version__
-from .errors import ConfigError, MMTSError
+from .errors import ConfigError, MMTSError, last_resort
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -26,12 +26,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return _launch(arguments[1:], local_rank)  # what follows belongs to the host, flags and all
         parsed = _parser().parse_args(arguments)
         return parsed.run(parsed) or 0
-    except MMTSError as error:
-        print(f"mmts: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("mmts: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # | head: whoever read us has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
+        return 141
+    except Exception as error:
+        print(f"mmts: error: {last_resort(error)}", file=sys.stderr)
+        if os.environ.get("MMTS_DEBUG"):
+            raise
+        return 2 if isinstance(error, (MMTSError, OSError)) else 70
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -19,6 +20,7 @@ import mmts_plugins
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 mmts_plugins.install()
+settings.register_profile("long", max_examples=int(os.environ.get("MMTS_FUZZ_EXAMPLES", "5000")), deadline=None)
 
 
 @pytest.fixture(scope="session")
