@@ -23,6 +23,13 @@ mmts_plugins.install()
 settings.register_profile("long", max_examples=int(os.environ.get("MMTS_FUZZ_EXAMPLES", "5000")), deadline=None)
 
 
+def pytest_terminal_summary(terminalreporter):
+    fuzzing = sys.modules.get("fuzzing")  # not a conftest of its own in tests/fuzz: it would take this one's name
+    if fuzzing is not None:
+        cases, refused = fuzzing.tally["cases"], fuzzing.tally["refused"]
+        terminalreporter.write_line(f"fuzzing: {cases} cases, {refused} of them refused in one line")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Numbers computed with the authors' code: ``MMTS_GOLDEN``, or ``shared/golden`` beside the repository."""
