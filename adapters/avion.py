@@ -230,7 +230,7 @@ class Run:
             check_ranks_agree(values, args.rank, args.world_size, device)
         checkpoint = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
         if os.path.isfile(checkpoint):
-            check_resume(Path(checkpoint).parent / FILE_NAME, values, self.allow_change)
+            check_resume(Path(checkpoint).parent / FILE_NAME, values, self.allow_change, self.table)
         frequencies = np.ones(1) if self.table is None else self.table.frequency
         if self.lookup is not None:
             frequencies = self.lookup.frequencies

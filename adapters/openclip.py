@@ -155,7 +155,7 @@ class Run:
             if "://" in args.resume:
                 logger.warning("MM-TS: %s is remote; mmts.yaml beside it is not compared", args.resume)
             else:
-                check_resume(Path(args.resume).parent / FILE_NAME, values, self.allow_change)
+                check_resume(Path(args.resume).parent / FILE_NAME, values, self.allow_change, self.table)
         frequencies = np.ones(1)
         self.tokenizer = tokenizer
         if self.table is not None and not self.config.no_shifts:

@@ -120,7 +120,7 @@ class Run:
             check_ranks_agree(values, rank, world_size, next(model.parameters()).device)
         path = os.path.join(run_cfg.output_dir, "log", FILE_NAME)
         if first_step > 0:
-            check_resume(path, values, self.allow_change)
+            check_resume(path, values, self.allow_change, self.table)
         # On the CPU: captions are looked up there, and a step then waits for nothing.
         frequencies = np.ones(1) if self.lookup is None else self.lookup.frequencies
         self.runtime = Runtime(self.config, self.table, frequencies, total, torch.device("cpu"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from ._files import PathLike, replacing
-from .errors import ConfigError, TableError
+from ._files import PathLike, replacing, writing
+from .errors import ConfigError, TableError, reading, shown
+from .fields import MAPPING, TEXT, WHOLE, Field
 
 CAPTION = "caption"
 CLASS = "class"
 _METADATA_KEY = b"mmts"
-_FORMAT = 1
+_FORMAT = 2  # 1, until 0.1: the hash left out the counts
 _ROW_GROUP = 65_536  # what a reader in a stream holds at a time
+_MOST_CLUSTERS = 1 << 24  # or as many as there are keys; so that a number per cluster fits into memory
+_MOST = 2**53  # of samples, and so of a frequency: sums are exact, in whole numbers and in floats
+_DEEPEST = 16  # metadata
+_LONGEST = 64  # keys that a table knows to be long: a tokenizer that cuts shows itself there
+_LONGEST_KEY = 2_000  # characters of them
+
+COLUMNS = {"key": pa.large_string(), "cluster": pa.int32(), "frequency": pa.float64(), "count": pa.int64()}
 
 Sizes = TypeVar("Sizes", bound=Union[torch.Tensor, np.ndarray])
 
@@ -108,12 +117,8 @@ class ClusterTable:
         for name in ("cluster", "frequency", "count"):
             if len(getattr(self, name)) != len(self.keys):
                 raise bad(f"column {name!r} has {len(getattr(self, name))} rows, 'key' has {len(self.keys)}")
-        if self.cluster.min() < 0:
-            raise bad("column 'cluster' holds a negative number")
-        if not (np.isfinite(self.frequency).all() and self.frequency.min() > 0):
-            raise bad("column 'frequency' must hold finite numbers above zero")
-        if self.count.min() < 1:
-            raise bad("column 'count' must hold numbers of at least one")
+        check_numbers(self.source, self.cluster, self.frequency, self.count, len(self.keys))
+        check_samples(self.source, float(self.count.sum(dtype=np.float64)))
 
     @classmethod
     def build(
@@ -146,17 +151,39 @@ class ClusterTable:
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of what training reads (keys, clusters, frequencies), whatever the file's layout or compression."""
+        """Hash of what training reads (kind, keys, clusters, frequencies, counts, in their order), whatever the file's
+        layout or compression, or its cut into parts."""
         digest = ContentHash(self.kind)
-        for column, values in (("length", self.keys), ("key", self.keys), ("cluster", self.cluster),
-                               ("frequency", self.frequency)):  # fmt: skip
-            digest.add(column, values)
+        digest.add(self._columns)
         return digest.hexdigest()
+
+    @cached_property
+    def legacy_hash(self) -> str:
+        """What :attr:`content_hash` was in tables of format 1, and so in records of their runs: without the counts."""
+        return legacy_hash(self.kind, lambda name: [self._columns[name]])
+
+    @property
+    def _columns(self) -> dict[str, Any]:
+        return {"key": self.keys, "cluster": self.cluster, "frequency": self.frequency, "count": self.count}
+
+    @cached_property
+    def longest(self) -> list[str]:
+        """Some of the longest keys, longest first, of each the first 2,000 characters."""
+        return longer_keys([], self.keys)
+
+    def probes(self, many: int) -> list[str]:
+        """Some keys, spread over the table."""
+        rows = np.linspace(0, len(self) - 1, min(many, len(self))).astype(np.int64)
+        return cast(list[str], self.keys.take(rows).to_pylist())
+
+    def has_hash(self, stated: object) -> bool:
+        """Whether what a run recorded is this table's hash, of today or of format 1."""
+        return stated == self.content_hash or stated == self.legacy_hash
 
     @property
     def clusters(self) -> int:
         """How many clusters there are."""
-        return len(self.sizes)
+        return int(self.cluster.max()) + 1
 
     @property
     def samples(self) -> int:
@@ -220,135 +247,364 @@ class ClusterTable:
 
         Args:
             path: the file.
-            whole: where this is one part of a table in a folder: ``clusters`` and ``samples`` of all of it, and how
-                many ``parts`` there are.
+            whole: where this is one part of a table in a folder: ``clusters`` and ``samples`` of all of it, how many
+                ``parts`` there are, which ``part`` this is (from 0), and ``table``, a word that all its parts share and
+                no other table's.
 
         Raises:
             TableError: the file cannot be written; whatever stood there before still does.
         """
         info = {
-            **self.info,
+            **{name: value for name, value in self.info.items() if name not in _OF_A_FILE},
             "format": _FORMAT,
             "kind": self.kind,
-            "clusters": len(self.sizes),
-            "samples": int(self.count.sum()),
+            "clusters": self.clusters,
+            "samples": self.samples,
             "frequency_min": float(self.frequency.min()),
             "frequency_max": float(self.frequency.max()),
             "content_hash": self.content_hash,
             **(whole or {}),
         }
-        table = pa.table(
-            {"key": self.keys, "cluster": self.cluster, "frequency": self.frequency, "count": self.count}
-        ).replace_schema_metadata({_METADATA_KEY: json.dumps(info, sort_keys=True).encode()})
-        try:
-            with replacing(path) as temporary:
-                pq.write_table(table, temporary, compression="zstd", row_group_size=_ROW_GROUP)
-        except OSError as error:
-            raise TableError(f"{path}: cannot write the cluster table: {error}") from error
+        table = pa.table(self._columns).replace_schema_metadata(
+            {_METADATA_KEY: json.dumps(info, sort_keys=True).encode()}
+        )
+        # Through a file of Python's, which takes names that are not UTF-8.
+        with writing(path, "cannot write the cluster table", TableError), replacing(path) as temporary:
+            with temporary.open("wb") as file:
+                pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP)
 
     @classmethod
     def load(cls, path: PathLike) -> ClusterTable:
         """Read a Parquet file, or a folder of Parquet parts.
 
         Raises:
-            TableError: missing, truncated, not a cluster table, or changed since it was written.
+            TableError: missing, truncated, not a cluster table, parts of several tables, or changed since it was
+                written.
         """
         source = Path(path)
-        if not source.exists():
-            raise TableError(f"{source}: no such cluster table; make one with: mmts cluster CAPTIONS -o {source}")
-        parts = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
-        if not parts:
-            raise TableError(f"{source}: the folder holds no *.parquet file")
-        tables = []
-        for part in parts:
-            try:
-                schema = pq.read_schema(part)
-                check_columns(part, schema.names)
-                columns = [name for name in ("key", "cluster", "frequency", "count") if name in schema.names]
-                tables.append(pq.read_table(part, columns=columns))
-            except (pa.ArrowException, OSError) as error:
-                raise TableError(f"{part}: not a readable Parquet file (truncated or foreign?): {error}") from error
-        info = part_info(tables[0].schema, parts[0])
-        check_parts(source, info, len(parts))
-        table = pa.concat_tables([part.replace_schema_metadata(None) for part in tables]).combine_chunks()
-        for name in table.column_names:
-            if table.column(name).null_count:
-                raise TableError(f"{source}: column {name!r} holds {table.column(name).null_count} empty cells")
-        try:
-            keys = _one(table.column("key").cast(pa.large_string()))
-            cluster = _one(table.column("cluster").cast(pa.int32())).to_numpy(zero_copy_only=False)
-            frequency = _one(table.column("frequency").cast(pa.float64())).to_numpy(zero_copy_only=False)
-            if "count" in table.column_names:
-                count = _one(table.column("count").cast(pa.int64())).to_numpy(zero_copy_only=False)
-            else:
-                count = np.ones(len(keys), np.int64)
-        except pa.ArrowException as error:
-            raise TableError(f"{source}: a column has the wrong type: {error}") from error
-        if pc.count_distinct(keys).as_py() != len(keys):
-            raise TableError(f"{source}: {len(keys) - pc.count_distinct(keys).as_py()} keys occur more than once")
+        files = table_files(source)
+        infos, parts = [], []
+        for file in files:
+            with opened(file) as parquet:
+                infos.append(part_info(parquet.schema_arrow, file))
+                parts.append(read_columns(file, parquet.read(columns_of(parquet)), COLUMNS))
+        info = whole_info(source, files, infos)
+        check_counted(files, parts)
         kind = info.pop("kind", CAPTION)
-        loaded = cls(keys, cluster, frequency, count, kind, info, str(source))
-        stated = info.get("content_hash")
-        if len(parts) > 1:
-            info.pop("content_hash", None)  # of the first part alone
-        elif stated is not None and stated != loaded.content_hash:
-            raise TableError(f"{source}: the content does not match its own hash; the file was changed or damaged")
+        if len(files) > 1:
+            for file, stated, part in zip(files, infos, parts):
+                _check_hash(file, stated, kind, part)
+        columns = {
+            name: pa.concat_arrays([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
+            for name in parts[0]
+        }
+        keys = columns.pop("key")
+        numbers = {name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}
+        numbers.setdefault("count", np.ones(len(keys), np.int64))
+        loaded = cls(keys, **numbers, kind=kind, info=info, source=str(source))
+        if len(files) == 1 and infos[0]:
+            if infos[0]["format"] > 1:
+                check_hash(source, infos[0], loaded.content_hash)
+            else:
+                check_hash(source, infos[0], loaded.legacy_hash)
+        check_stated_samples(source, info, loaded.samples)
+        distinct = pc.count_distinct(keys).as_py()
+        if distinct != len(keys):
+            raise TableError(f"{source}: {len(keys) - distinct} keys occur more than once")
         return loaded
 
 
 class ContentHash:
-    """:attr:`ClusterTable.content_hash`, a piece at a time: all lengths, then all keys, clusters and frequencies."""
+    """:attr:`ClusterTable.content_hash`, some rows at a time."""
 
     def __init__(self, kind: str) -> None:
-        self._digest = hashlib.blake2b(kind.encode(), digest_size=16)
+        self._kind = kind
+        # One digest for each column, so that rows may come in pieces of any size.
+        self._columns = {name: hashlib.blake2b(digest_size=16) for name in ("length", *COLUMNS)}
 
-    def add(self, column: str, values: Any) -> None:
-        """The next piece of ``length`` or ``key`` (both from an Arrow array of large strings), or a number column."""
-        if column == "length":
-            self._digest.update(pc.binary_length(values).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-        elif column == "key":
-            offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
-            text = values.buffers()[2]
-            if text is not None and len(offsets):
-                self._digest.update(memoryview(text)[int(offsets[0]) : int(offsets[-1])])
-        else:
-            self._digest.update(values.astype({"cluster": "<i4", "frequency": "<f8"}[column]).tobytes())
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """The next rows: ``key`` an Arrow array of large strings, the others NumPy arrays."""
+        self._columns["length"].update(_lengths(columns["key"]))
+        self._columns["key"].update(_text(columns["key"]))
+        for name in ("cluster", "frequency", "count"):
+            self._columns[name].update(_bytes(name, columns[name]))
 
     def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+        whole = hashlib.blake2b(self._kind.encode(), digest_size=16, person=b"mmts table 2")
+        for digest in self._columns.values():
+            whole.update(digest.digest())
+        return whole.hexdigest()
 
 
-def check_columns(part: Path, names: Sequence[str]) -> None:
-    """Raise a TableError unless the columns of a cluster table are among ``names``."""
+def legacy_hash(kind: str, pieces: Callable[[str], Iterable[Any]]) -> str:
+    """The content hash of format 1: all lengths of keys, all keys, all clusters, all frequencies. No counts.
+
+    Args:
+        kind: of the keys.
+        pieces: the name of a column to its arrays, which are as in :meth:`ContentHash.add`.
+    """
+    digest = hashlib.blake2b(kind.encode(), digest_size=16)
+    for keys in pieces("key"):
+        digest.update(_lengths(keys))
+    for keys in pieces("key"):
+        digest.update(_text(keys))
+    for name in ("cluster", "frequency"):
+        for numbers in pieces(name):
+            digest.update(_bytes(name, numbers))
+    return digest.hexdigest()
+
+
+def _lengths(keys: pa.Array) -> bytes:
+    lengths: bytes = pc.binary_length(keys).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+    return lengths
+
+
+def _text(keys: pa.Array) -> Union[bytes, memoryview]:
+    _, offsets, text = keys.buffers()
+    if text is None or offsets is None or not len(keys):
+        return b""
+    ends = np.frombuffer(offsets, np.int64)[[keys.offset, keys.offset + len(keys)]]
+    return memoryview(text)[int(ends[0]) : int(ends[1])]
+
+
+def _bytes(name: str, numbers: np.ndarray) -> memoryview:
+    little = {"cluster": "<i4", "frequency": "<f8", "count": "<i8"}[name]
+    return np.ascontiguousarray(numbers, little).view(np.uint8).data
+
+
+def longer_keys(longest: list[str], keys: pa.Array) -> list[str]:
+    """The longest of some keys (see :attr:`ClusterTable.longest`) and more keys."""
+    lengths = pc.binary_length(keys).to_numpy(zero_copy_only=False)
+    if len(longest) == _LONGEST and lengths.max(initial=0) <= len(longest[-1].encode()):
+        return longest
+    rows = np.argpartition(-lengths, _LONGEST)[:_LONGEST] if len(lengths) > _LONGEST else np.arange(len(lengths))
+    found = [key[:_LONGEST_KEY] for key in keys.take(np.sort(rows)).to_pylist()]
+    return sorted(longest + found, key=lambda key: -len(key.encode()))[:_LONGEST]
+
+
+# --- reading files
+
+
+def table_files(source: Path) -> list[Path]:
+    """The Parquet files of a table, in order.
+
+    Raises:
+        TableError: there are none.
+    """
+    with reading(source, "cannot be read as a cluster table", TableError):
+        if source.is_dir():
+            files = sorted(source.glob("*.parquet"))
+            if not files:
+                raise TableError(f"{source}: the folder holds no *.parquet file")
+        elif source.exists():
+            files = [source]
+        else:
+            raise TableError(f"{source}: no such cluster table; make one with: mmts cluster CAPTIONS -o {source}")
+        for file in files:
+            if not file.is_file():
+                raise TableError(f"{file}: not a file")
+    return files
+
+
+@contextmanager
+def opened(part: PathLike) -> Iterator[pq.ParquetFile]:
+    """A part of a table. Whatever goes wrong while it is read is a TableError that names it."""
+    with reading(part, "not a readable Parquet file (truncated or foreign?)", TableError):
+        # Through a file of Python's, which takes names that are not UTF-8.
+        with open(part, "rb") as file, pq.ParquetFile(file) as parquet:
+            _check_names(part, parquet.schema_arrow.names)
+            yield parquet
+
+
+def _check_names(part: PathLike, names: Sequence[str]) -> None:
     missing = {"key", "cluster", "frequency"} - set(names)
     if missing:
         raise TableError(
             f"{part}: not a cluster table: column {sorted(missing)[0]!r} is missing (found: "
             f"{', '.join(names[:8])}); make one with: mmts cluster"
         )
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise TableError(f"{part}: not a cluster table: column {name!r} is there {names.count(name)} times")
 
 
-def check_parts(source: Path, info: dict[str, Any], found: int) -> None:
-    """Raise a TableError where a folder holds more or fewer parts than its table has."""
-    if info.get("parts", found) != found:
-        raise TableError(f"{source}: holds {found} parts of a table of {info['parts']}; copy the whole folder")
+def columns_of(parquet: pq.ParquetFile) -> list[str]:
+    """Those columns of a table that a file has: all, or all but ``count``."""
+    return [name for name in COLUMNS if name in parquet.schema_arrow.names]
 
 
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    """A column as a single contiguous array."""
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+def read_columns(part: PathLike, table: Union[pa.Table, pa.RecordBatch], names: Iterable[str]) -> dict[str, pa.Array]:
+    """Those columns that are there, each one array of its type in :data:`COLUMNS`.
+
+    Raises:
+        TableError: one is of a type that does not fit, has empty cells, or holds text that is not UTF-8.
+    """
+    columns = {}
+    for name in names:
+        if name not in table.schema.names:
+            continue
+        column = table.column(name)
+        if not _fits(name, column.type) and not (pa.types.is_null(column.type) and len(column) == 0):
+            raise TableError(f"{part}: column {name!r} has the wrong type: {shown(str(column.type))}")
+        with reading(part, f"column {name!r} has the wrong type", TableError):
+            column = pc.cast(column, COLUMNS[name])
+            if isinstance(column, pa.ChunkedArray):
+                column = pa.concat_arrays([*column.chunks, pa.array([], COLUMNS[name])])
+        if column.null_count:
+            raise TableError(f"{part}: column {name!r} holds {column.null_count} empty cells")
+        with reading(part, f"column {name!r} is damaged", TableError):
+            column.validate(full=True)  # offsets in order, text in UTF-8
+        columns[name] = column
+    return columns
 
 
-def part_info(schema: pa.Schema, part: Path) -> dict[str, Any]:
-    """The metadata that a part of a table carries; empty where another tool wrote it."""
+def _fits(name: str, kind: pa.DataType) -> bool:
+    """Whether a type means what the column means: a bool or a date becomes a number all too easily."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if name == "key":
+        text = [types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_integer]
+        text += [is_view for is_view in (getattr(types, "is_string_view", None),) if is_view is not None]
+        return any(is_one(kind) for is_one in text)
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))
+
+
+# What metadata state, as far as anything reads it; the rest is free.
+_STATED = {
+    "kind": Field(TEXT, choices=(CAPTION, CLASS)),
+    "clusters": Field(WHOLE, least=1),
+    "samples": Field(WHOLE, least=1),
+    "parts": Field(WHOLE, least=1),
+    "part": Field(WHOLE, least=0),
+    "table": Field(TEXT),
+    "content_hash": Field(TEXT),
+    "runs": Field(WHOLE, least=1),
+    "stability": Field(MAPPING, null=True),
+}
+_OF_A_FILE = ("format", "content_hash", "parts", "part", "table")
+_OF_A_PART = ("content_hash", "part", "frequency_min", "frequency_max")
+_OF_A_RUN = ("created", "versions")  # a killed run that goes on has others
+
+
+def part_info(schema: pa.Schema, part: PathLike) -> dict[str, Any]:
+    """The metadata that a part of a table carries; empty where another tool wrote it.
+
+    Raises:
+        TableError: they are damaged, or of a newer release.
+    """
     raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
         return {}
-    try:
+    with reading(part, "the table's metadata cannot be read", TableError):
         info = json.loads(raw)
-        written = int(info["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise TableError(f"{part}: the table's metadata cannot be read: {error}") from error
+        if not isinstance(info, dict):
+            raise ValueError("not a mapping")
+        if _deeper(info, _DEEPEST):
+            raise RecursionError
+        json.dumps(info, ensure_ascii=False).encode()  # half a character could not be written again
+    where = f"{part}: the table's metadata cannot be read:"
+    written = Field(WHOLE, least=1).check(f"{where} 'format'", info.get("format"), TableError)
     if written > _FORMAT:
         raise TableError(f"{part}: written by a newer mmts-plugins (format {written}, this one reads {_FORMAT})")
-    return dict(info)
+    for name, field_ in _STATED.items():
+        if name in info:
+            info[name] = field_.check(f"{where} {name!r}", info[name], TableError)
+    return {**info, "format": written}
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    return not levels or any(
+        _deeper(each, levels - 1) for each in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def whole_info(source: Path, files: Sequence[Path], infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all parts of a table state alike.
+
+    Raises:
+        TableError: they are not the parts of one table, or not all of them.
+    """
+    first = infos[0]
+    # The word that a table's parts share says all; without it (format 1, other writers) the whole recipe must agree.
+    shared = ("format", "kind", "table", "clusters", "samples", "parts") if "table" in first else {*first}
+    for file, info in zip(files[1:], infos[1:]):
+        names = {*shared, *(() if "table" in first else info), "table"} - {*_OF_A_PART, *_OF_A_RUN}
+        for name in sorted(names):
+            one, other = (json.dumps(each.get(name), sort_keys=True) for each in (first, info))
+            if one != other:
+                raise TableError(
+                    f"{source}: {files[0].name} and {file.name} are of different tables: {name!r} is "
+                    f"{shown(first.get(name))} and {shown(info.get(name))}; keep each table in a folder of its own"
+                )
+    if first and len(files) > 1 and "parts" not in first:
+        raise TableError(f"{source}: holds {len(files)} whole tables, {files[0].name} for example; name one of them")
+    if first.get("parts", len(files)) != len(files):
+        raise TableError(f"{source}: holds {len(files)} parts of a table of {first['parts']}; copy the whole folder")
+    if "part" in first and {info.get("part") for info in infos} != set(range(len(files))):
+        raise TableError(f"{source}: a part is there twice, and another is not; copy the whole folder")
+    return {name: value for name, value in first.items() if name not in _OF_A_FILE}
+
+
+def check_counted(files: Sequence[Path], parts: Sequence[Iterable[str]]) -> None:
+    """Raise a TableError where some parts have counts and others have none."""
+    with_counts = ["count" in part for part in parts]
+    if any(with_counts) and not all(with_counts):
+        one, other = files[with_counts.index(True)], files[with_counts.index(False)]
+        raise TableError(f"{other}: column 'count' is missing, which {one.name} has")
+
+
+def _check_hash(file: Path, info: dict[str, Any], kind: str, part: Mapping[str, pa.Array]) -> None:
+    if not info:
+        return
+    columns: dict[str, Any] = {"count": np.ones(len(part["key"]), np.int64)}
+    for name, column in part.items():
+        columns[name] = column if name == "key" else column.to_numpy(zero_copy_only=False)
+    if info["format"] > 1:
+        digest = ContentHash(kind)
+        digest.add(columns)
+        check_hash(file, info, digest.hexdigest())
+    else:
+        check_hash(file, info, legacy_hash(kind, lambda name: [columns[name]]))
+
+
+def check_hash(source: object, info: dict[str, Any], found: str) -> None:
+    """Raise a TableError where a file states another hash than its content has, or none where it must."""
+    stated = info.get("content_hash", found if info["format"] == 1 else None)
+    if stated != found:
+        raise TableError(f"{source}: the content does not match its own hash; the file was changed or damaged")
+
+
+def check_stated_samples(source: object, info: dict[str, Any], samples: int) -> None:
+    """Raise a TableError where the metadata speak of more or fewer samples than the counts add up to."""
+    if info.get("samples", samples) != samples:
+        raise TableError(
+            f"{source}: holds {samples} samples, its metadata say {info['samples']}; the file was changed or damaged"
+        )
+
+
+def check_numbers(source: object, cluster: np.ndarray, frequency: np.ndarray, count: np.ndarray, keys: int) -> None:
+    """Raise a TableError for numbers that no table of so many keys can hold. No rows are fine."""
+    if not len(cluster):
+        return
+    if cluster.min() < 0:
+        raise TableError(f"{source}: column 'cluster' holds a negative number")
+    if cluster.max() >= max(keys, _MOST_CLUSTERS):
+        raise TableError(
+            f"{source}: column 'cluster' holds {cluster.max()}: clusters are to be numbered from 0 without gaps"
+        )
+    if not (np.isfinite(frequency).all() and frequency.min() > 0):
+        raise TableError(f"{source}: column 'frequency' must hold finite numbers above zero")
+    if frequency.max() > _MOST:
+        raise TableError(f"{source}: column 'frequency' holds {frequency.max():g}: too large for a number of samples")
+    if count.min() < 1:
+        raise TableError(f"{source}: column 'count' must hold numbers of at least one")
+    check_samples(source, float(count.max()))
+
+
+def check_samples(source: object, samples: float) -> None:
+    """Raise a TableError for more samples than add up exactly."""
+    if samples > _MOST:
+        raise TableError(f"{source}: column 'count' adds up to more than {_MOST} samples")

@@ -392,8 +392,11 @@ def read_record(path: PathLike) -> dict[str, Any]:
     return values
 
 
-def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: bool) -> None:
+def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: bool, table: Any = None) -> None:
     """Compare this run's record with the one beside the checkpoint it resumes.
+
+    Args:
+        table: the run's, which knows its hash of format 1 too: a run recorded with that goes on.
 
     Raises:
         ConfigError: naming every field that differs, unless ``allow_change``.
@@ -405,7 +408,9 @@ def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: boo
         different = [
             f"{name} was {saved.get(name)!r} and is {value!r}"
             for name, value in values.items()
-            if name not in _NOT_COMPARED and saved.get(name) != value
+            if name not in _NOT_COMPARED
+            and saved.get(name) != value
+            and not (name == "table_hash" and table is not None and table.has_hash(saved.get(name)))
         ]
         if not different:
             return

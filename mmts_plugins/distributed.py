@@ -36,9 +36,11 @@ def first_on_node(local_rank: int, distributed: bool) -> Iterator[None]:
     """The first rank of each node goes through the block before the others: it fills the cache that they read."""
     if distributed and local_rank != 0:
         dist.barrier()
-    yield
-    if distributed and local_rank == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:  # also where the first fails: nobody waits for ever
+        if distributed and local_rank == 0:
+            dist.barrier()
 
 
 def _row_weights(grad: Tensor, rows: int, rank: int, world_size: int, local_loss: bool, with_grad: bool) -> Tensor:

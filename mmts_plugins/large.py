@@ -2,7 +2,7 @@
 
 What training needs of a table is a handful of numbers (:class:`.clusters.Summary`), its content hash, and the index of
 :mod:`.lookup`. The first process of a node that opens the table reads it through once and leaves the numbers in the
-cache; the others wait for it and read those.
+cache; the others wait for it and read those. The index is made later, and checks each row group that it reads.
 """
 
 from __future__ import annotations
@@ -10,20 +10,40 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from os import stat_result
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, BinaryIO, Union
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from ._files import PathLike, cache_folder, replacing
-from .clusters import CAPTION, ClusterTable, ContentHash, Summary, check_columns, check_parts, part_info
-from .errors import TableError
+from ._files import PathLike, cache_folder, cached, keep, one_at_a_time
+from .clusters import (
+    CAPTION,
+    CLASS,
+    COLUMNS,
+    ClusterTable,
+    ContentHash,
+    Summary,
+    check_counted,
+    check_hash,
+    check_numbers,
+    check_samples,
+    check_stated_samples,
+    columns_of,
+    legacy_hash,
+    longer_keys,
+    opened,
+    part_info,
+    read_columns,
+    table_files,
+    whole_info,
+)
+from .errors import TableError, reading
+from .fields import MAPPING, TEXT, TEXTS, WHOLE, Field
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +52,7 @@ LEVELS = 32_767  # distinct frequencies that an index can tell apart with 16 bit
 
 _BATCH = 65_536
 _BINS = 65_536
+_ROUNDING = 1 + 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,8 @@ class LargeTable:
         rows, clusters, samples: how many keys, clusters and training samples.
         summary: of the frequencies over samples.
         levels: ``[<= LEVELS]`` ascending float64: all distinct frequencies, or evenly spaced ones where there are more.
+        longest: as ``ClusterTable.longest``.
+        groups: the content hash of each row group, in order.
     """
 
     parts: tuple[str, ...]
@@ -56,22 +79,56 @@ class LargeTable:
     samples: int
     summary: Summary
     levels: np.ndarray
+    longest: list[str]
+    groups: list[str]
 
     def __len__(self) -> int:
         return self.rows
+
+    @cached_property
+    def legacy_hash(self) -> str:
+        """As ``ClusterTable.legacy_hash``; reads the table through."""
+        return _legacy_hash(self.kind, self.parts)
+
+    def has_hash(self, stated: object) -> bool:
+        """As ``ClusterTable.has_hash``."""
+        return stated == self.content_hash or stated == self.legacy_hash
 
     def probes(self, many: int) -> list[str]:
         """Some keys, from the start of each of its parts."""
         keys: list[str] = []
         for part in self.parts[: min(many, len(self.parts))]:
-            batch = next(_batches([part], ["key"]))
-            keys += batch["key"].slice(0, -(-many // min(many, len(self.parts)))).to_pylist()
+            batch = next(_batches([part], ["key"]), None)  # a part may be empty
+            if batch is not None:
+                keys += batch["key"].slice(0, -(-many // min(many, len(self.parts)))).to_pylist()
         return keys[:many]
 
     def code(self, frequency: np.ndarray) -> np.ndarray:
         """``[n]`` int16: the nearest of :attr:`levels`; off by at most half of ``(max - min) / 32,766``."""
         between = (self.levels[1:] + self.levels[:-1]) / 2
         return np.searchsorted(between, frequency).astype(np.int16)
+
+    def row_groups(self) -> list[tuple[str, int]]:
+        """The part and the number of every row group, in order."""
+        groups = []
+        for part in self.parts:
+            with opened(part) as parquet:
+                groups += [(part, group) for group in range(parquet.num_row_groups)]
+        return groups
+
+    def read_group(self, number: int, part: str, group: int) -> dict[str, Any]:
+        """The columns of one row group, as :meth:`.clusters.ContentHash.add` takes them.
+
+        Raises:
+            TableError: it is not what it was when the table was read through.
+        """
+        digest = ContentHash(self.kind)
+        with opened(part) as parquet:
+            columns = _arrays(part, parquet.read_row_group(group, columns_of(parquet)))
+        digest.add(columns)
+        if number >= len(self.groups) or digest.hexdigest() != self.groups[number]:
+            raise TableError(f"{part}: changed since it was read through; start the run again")
+        return columns
 
 
 def open_table(path: PathLike) -> Union[ClusterTable, LargeTable]:
@@ -81,83 +138,117 @@ def open_table(path: PathLike) -> Union[ClusterTable, LargeTable]:
         TableError: as :meth:`.clusters.ClusterTable.load`. That a key occurs twice goes unnoticed in a large table.
     """
     source = Path(path)
-    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
-    try:
-        rows = sum(pq.read_metadata(file).num_rows for file in files)
-    except (pa.ArrowException, OSError):
-        rows = 0  # the error is load's to tell
+    files = table_files(source)
+    rows = 0
+    for file in files:
+        with opened(file) as parquet:
+            rows += parquet.metadata.num_rows
     return _look_at(source, files, rows) if rows >= LARGE_FROM else ClusterTable.load(path)
 
 
 def _look_at(source: Path, files: list[Path], rows: int) -> LargeTable:
-    stamp = json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    name = hashlib.blake2b(f"{source.resolve()} {stamp}".encode(), digest_size=16).hexdigest()
-    path = cache_folder() / "tables" / f"{name}.json"
+    name = _name(source, files)
+    folder = cache_folder("tables")
+    path = None if folder is None else folder / f"{name}.json"
     with one_at_a_time(path):
-        try:
-            facts = json.loads(path.read_text())
-        except (OSError, ValueError):
+        facts = cached(path, name, lambda file, size: _facts(file, size, rows))
+        if facts is None:
             facts = _read_through(source, files, rows)
-            try:
-                with replacing(path) as temporary:
-                    temporary.write_text(json.dumps(facts))
-            except OSError as error:
-                logger.warning("MM-TS: what %s holds cannot be cached in %s: %s", source, path, error)
+            if _name(source, files) != name:
+                raise TableError(f"{source}: changed while it was read; start the run again")
+            keep(path, name, lambda file: file.write(json.dumps(facts).encode()))
     facts["summary"] = Summary(**facts["summary"])
     facts["levels"] = np.asarray(facts["levels"])
     return LargeTable(parts=tuple(map(str, files)), source=str(source), **facts)
 
 
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Processes of a node that would build the same file do it one after another; the lock goes with its owner."""
-    try:
-        import fcntl
+def _name(source: Path, files: Sequence[Path]) -> str:
+    with reading(source, "cannot be read as a cluster table", TableError):
+        return name_of(source.resolve(), [(file.name, file.stat()) for file in files])
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f"{path}.lock", "w")  # noqa: SIM115
-    except (ImportError, OSError):  # no such locks, or no cache: each builds its own
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+
+def name_of(source: Path, files: Sequence[tuple[str, stat_result]]) -> str:
+    """Of what is known of a table before it is read: another one where anything about a file changed."""
+    about = [
+        (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+        for name, status in files
+    ]
+    return hashlib.blake2b(json.dumps([str(source), about]).encode(), digest_size=16).hexdigest()
+
+
+_FACTS = {
+    "kind": Field(TEXT, choices=(CAPTION, CLASS)),
+    "info": Field(MAPPING),
+    "content_hash": Field(TEXT),
+    "rows": Field(WHOLE, least=1),
+    "clusters": Field(WHOLE, least=1),
+    "samples": Field(WHOLE, least=1),
+    "groups": Field(TEXTS),
+}
+
+
+def _facts(file: BinaryIO, size: int, rows: int) -> dict[str, Any]:
+    """What :func:`_read_through` returned, from the cache. Raises anything where it cannot be that."""
+    facts = json.loads(file.read(size))
+    if {*facts} != {*_FACTS, "summary", "levels", "longest"}:
+        raise ValueError("it holds other fields")
+    for name, field in _FACTS.items():
+        facts[name] = field.check(name, facts[name])
+    summary, levels = Summary(**facts["summary"]), np.asarray(facts["levels"], np.float64)
+    about = [summary.low, summary.tail, summary.middle, summary.head, summary.high]
+    fine = (
+        facts["rows"] == rows
+        and all(isinstance(each, float) and not math.isnan(each) for each in summary)
+        and summary.low > 0
+        and all(less <= more * _ROUNDING for less, more in zip(about, about[1:]))
+        and summary.low <= summary.mean * _ROUNDING <= summary.high * _ROUNDING**2
+        and 1 <= len(levels) <= LEVELS
+        and (levels[0], levels[-1]) == (summary.low, summary.high)
+        and bool((np.diff(levels) > 0).all())
+        and all(isinstance(key, str) for key in facts["longest"])
+    )
+    if not fine:
+        raise ValueError("its numbers cannot be a table's")
+    return dict(facts)
 
 
 def _read_through(source: Path, files: Sequence[Path], rows: int) -> dict[str, Any]:
-    """One pass for each column, in the order in which :class:`.clusters.ContentHash` takes them."""
+    """Everything but the thirds' means in one pass."""
     logger.info("MM-TS: %s: reading %d keys, once", source, rows)
+    infos, names, groups = [], [], []
     for file in files:
-        check_columns(file, pq.read_schema(file).names)
-    info = part_info(pq.read_schema(files[0]), files[0])
-    check_parts(source, info, len(files))
+        with opened(file) as parquet:
+            infos.append(part_info(parquet.schema_arrow, file))
+            names.append(columns_of(parquet))
+            groups.append(parquet.num_row_groups)
+    info = whole_info(source, files, infos)
+    check_counted(files, names)
     kind = info.pop("kind", CAPTION)
-    stated = info.pop("content_hash", None)
-    digest = ContentHash(kind)
-    for column in ("length", "key"):
-        for batch in _batches(files, ["key"]):
-            digest.add(column, batch["key"])
-    clusters = 0
-    for batch in _batches(files, ["cluster"]):
-        numbers = batch["cluster"].to_numpy(zero_copy_only=False)
-        _require(source, "cluster", len(numbers) == 0 or numbers.min() >= 0, "a negative number")
-        clusters = max(clusters, int(numbers.max(initial=-1)) + 1)
-        digest.add("cluster", numbers)
-    low, high, samples, total = np.inf, -np.inf, 0, 0.0
+    digest, digests = ContentHash(kind), []
+    found, clusters, low, high, samples, total = 0, 0, np.inf, -np.inf, 0, 0.0
     distinct: Any = np.empty(0)
-    for batch in _batches(files, ["frequency", "count"]):
-        frequency, count = (batch[name].to_numpy(zero_copy_only=False) for name in ("frequency", "count"))
-        _require(
-            source, "frequency", bool(np.isfinite(frequency).all() and (frequency > 0).all()), "a number not above zero"
-        )
-        _require(source, "count", bool((count >= 1).all()), "a number below one")
-        low, high = min(low, frequency.min(initial=np.inf)), max(high, frequency.max(initial=-np.inf))
-        samples, total = samples + int(count.sum()), total + float(frequency @ count)
-        if len(distinct) <= LEVELS:
-            distinct = np.union1d(distinct, frequency)
-        digest.add("frequency", frequency)
-    if stated is not None and len(files) == 1 and stated != digest.hexdigest():
-        raise TableError(f"{source}: the content does not match its own hash; the file was changed or damaged")
+    longest: list[str] = []
+    for file, stated, many in zip(files, infos, groups):
+        of_part, of_groups = ContentHash(kind), [ContentHash(kind) for _ in range(many)]
+        for group, columns in _by_group(file):
+            cluster, frequency, count = (columns[name] for name in ("cluster", "frequency", "count"))
+            check_numbers(source, cluster, frequency, count, rows)
+            check_samples(source, samples + float(count.sum(dtype=np.float64)))
+            for each in (digest, of_part, of_groups[group]):
+                each.add(columns)
+            found += len(cluster)
+            clusters = max(clusters, int(cluster.max(initial=-1)) + 1)
+            low, high = min(low, frequency.min(initial=np.inf)), max(high, frequency.max(initial=-np.inf))
+            samples, total = samples + int(count.sum()), total + float(frequency @ count)
+            if len(distinct) <= LEVELS:
+                distinct = np.union1d(distinct, frequency)
+            longest = longer_keys(longest, columns["key"])
+        digests += [each.hexdigest() for each in of_groups]
+        if stated:
+            check_hash(file, stated, of_part.hexdigest() if stated["format"] > 1 else _legacy_hash(kind, [file]))
+    if found != rows:
+        raise TableError(f"{source}: holds {found} rows where it promises {rows}; the file was changed or damaged")
+    check_stated_samples(source, info, samples)
     levels = distinct if len(distinct) <= LEVELS else np.linspace(low, high, LEVELS)
     return {
         "kind": kind,
@@ -168,6 +259,8 @@ def _read_through(source: Path, files: Sequence[Path], rows: int) -> dict[str, A
         "samples": samples,
         "summary": _summary(files, float(low), float(high), samples, total)._asdict(),
         "levels": levels.tolist(),
+        "longest": longest,
+        "groups": digests,
     }
 
 
@@ -177,8 +270,8 @@ def _summary(files: Sequence[Path], low: float, high: float, samples: int, total
         return Summary(low, high, low, low, low, low, np.inf, low)
     mass, weighted = np.zeros(_BINS), np.zeros(_BINS)
     for batch in _batches(files, ["frequency", "count"]):
-        frequency, count = (batch[name].to_numpy(zero_copy_only=False) for name in ("frequency", "count"))
-        place = np.minimum(((frequency - low) / (high - low) * _BINS).astype(np.int64), _BINS - 1)
+        frequency, count = batch["frequency"], batch["count"]
+        place = np.clip(((frequency - low) / (high - low) * _BINS).astype(np.int64), 0, _BINS - 1)
         mass += np.bincount(place, count, _BINS)
         weighted += np.bincount(place, frequency * count, _BINS)
     used = np.flatnonzero(mass)[::-1]
@@ -186,49 +279,30 @@ def _summary(files: Sequence[Path], low: float, high: float, samples: int, total
     return Summary(low, high, total / samples, *table.third_means(table.frequency), *table.third_borders())
 
 
-def _require(source: Path, column: str, fine: bool, what: str) -> None:
-    if not fine:
-        raise TableError(f"{source}: column {column!r} holds {what}")
+def _legacy_hash(kind: str, files: Sequence[PathLike]) -> str:
+    return legacy_hash(kind, lambda name: (batch[name] for batch in _batches(files, [name])))
 
 
-def row_groups(parts: Sequence[str]) -> list[tuple[str, int]]:
-    """Every row group of the parts, in order."""
-    return [(part, group) for part in parts for group in range(pq.read_metadata(part).num_row_groups)]
+def _batches(files: Sequence[PathLike], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        with opened(file) as parquet:
+            wanted = [name for name in columns_of(parquet) if name in names] or ["key"]
+            for batch in parquet.iter_batches(_BATCH, columns=wanted):
+                yield _arrays(file, batch, names)
 
 
-def read_row_group(part: str, group: int, columns: Sequence[str]) -> dict[str, pa.Array]:
-    """Columns of one row group, in the types of :class:`.clusters.ClusterTable`."""
-    with pq.ParquetFile(part) as file:
-        return _typed(part, file.read_row_group(group, _there(file, columns)).combine_chunks(), columns)
+def _by_group(file: PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """All columns in batches, each with the number of its row group."""
+    with opened(file) as parquet:
+        for group in range(parquet.num_row_groups):
+            for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=columns_of(parquet)):
+                yield group, _arrays(file, batch)
 
 
-def _batches(files: Sequence[PathLike], columns: Sequence[str]) -> Iterator[dict[str, pa.Array]]:
-    for path in files:
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(_BATCH, columns=_there(file, columns)):
-                    yield _typed(path, batch, columns)
-        except (pa.ArrowException, OSError) as error:
-            raise TableError(f"{path}: not a readable Parquet file (truncated or foreign?): {error}") from error
-
-
-def _there(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
-    names = set(file.schema_arrow.names)
-    return [name for name in columns if name in names] or ["key"]
-
-
-def _typed(path: PathLike, batch: Any, columns: Sequence[str]) -> dict[str, pa.Array]:
-    types = {"key": pa.large_string(), "cluster": pa.int32(), "frequency": pa.float64(), "count": pa.int64()}
-    typed = {}
-    for name in columns:
-        if name == "count" and name not in batch.schema.names:
-            typed[name] = pa.array(np.ones(batch.num_rows, np.int64))
-            continue
-        column = batch.column(name)
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if isinstance(array, pa.ChunkedArray):
-            array = pa.concat_arrays(array.chunks)
-        if array.null_count:
-            raise TableError(f"{path}: column {name!r} holds {array.null_count} empty cells")
-        typed[name] = pc.cast(array, types[name])
-    return typed
+def _arrays(part: PathLike, batch: Any, names: Iterable[str] = COLUMNS) -> dict[str, Any]:
+    """Columns of one batch or table as :meth:`.clusters.ContentHash.add` takes them; ones where there are no counts."""
+    columns: dict[str, Any] = read_columns(part, batch, names)
+    arrays = {name: each if name == "key" else each.to_numpy(zero_copy_only=False) for name, each in columns.items()}
+    if "count" in names:
+        arrays.setdefault("count", np.ones(batch.num_rows, np.int64))
+    return arrays

@@ -9,23 +9,23 @@ no tokenizer: strings are hashed and found in the same way, on the CPU.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import multiprocessing
 import os
-import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, BinaryIO, Optional, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._files import cache_folder, replacing
+from ._files import cache_folder, cached, keep, mapped, one_at_a_time, replacing_folder, sealing, writing
 from .clusters import CAPTION, ClusterTable
-from .errors import TableError
-from .large import LargeTable, one_at_a_time, read_row_group, row_groups
+from .errors import MMTSError, TableError, reading
+from .large import LargeTable
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ Tokenizer = Callable[[list[str]], Tensor]
 _CHUNK = 2048
 _CACHE_FROM = 20_000  # captions; a smaller index is built faster than a cache is worth
 _PARALLEL_FROM = 100_000
+_PROBES = 512  # captions that tell tokenizers apart, beside the longest
+_AGAIN = 8  # every eighth of them, and the longest, are tokenized twice
+_REPEATED, _REPEATS = 8, 8  # and these of the longest so many times more: a draw may come out alike
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64, as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -82,7 +85,7 @@ class TokenLookup:
         device: where batches will be looked up.
 
     Raises:
-        TableError: the table is keyed by class, which token ids cannot tell.
+        TableError: the table is keyed by class, which token ids cannot tell; or the tokenizer is random.
     """
 
     def __init__(
@@ -93,11 +96,12 @@ class TokenLookup:
                 f"{table.source}: keyed by {table.kind}, but this host looks samples up by caption; make a table of "
                 "captions (mmts cluster CAPTIONS, with --label-column and --column to use class labels)"
             )
+        key = _key(table, tokenizer, pad_id)
         if isinstance(table, LargeTable):
             self.frequencies = table.levels
-            hashes, code = _mapped_index(table, tokenizer, pad_id)
+            hashes, code = _mapped_index(table, tokenizer, pad_id, key)
         else:
-            hashes, rows = _cached_index(table, tokenizer, pad_id)
+            hashes, rows = _cached_index(table, tokenizer, pad_id, key)
             # One small integer per caption; distinct frequencies are few (one per cluster for a single K-Means run).
             self.frequencies, code = np.unique(table.frequency[rows], return_inverse=True)
             # Signed: torch indexes with int16, not with uint16.
@@ -149,33 +153,55 @@ def _hash_strings(keys: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, np.uint64)
 
 
-def _cached_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _key(table: Union[ClusterTable, LargeTable], tokenizer: Tokenizer, pad_id: int) -> str:
+    """Names an index: by the whole table, and by what the tokenizer makes of captions of this very table.
+
+    Raises:
+        TableError: the tokenizer makes something else of the same captions each time.
+    """
+    probes, longest = table.probes(_PROBES), table.longest
+    again = [*probes[::_AGAIN], *longest, *longest[:_REPEATED] * _REPEATS]
+    with reading(table.source, "its captions cannot be tokenized", TableError):
+        first, second = (hash_tokens(tokenizer(captions), pad_id) for captions in ([*probes, *longest], again))
+    of_longest = first[len(probes) :]
+    # Random reductions (CLIPA) touch only captions longer than the context.
+    expected = [first[: len(probes)][::_AGAIN], of_longest, of_longest[:_REPEATED].repeat(_REPEATS)]
+    if not torch.equal(second, torch.cat(expected)):
+        raise TableError(
+            "the tokenizer is random: it gives one caption other tokens each time, so that no caption of "
+            f"{table.source} can be found by its tokens; train without that (CLIPA: set reduction_mask in the model's "
+            "text_cfg.tokenizer_kwargs to 'syntax', or leave it out)"
+        )
+    about = json.dumps([table.content_hash, pad_id]).encode()
+    return hashlib.blake2b(about + first.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _cached_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted hashes and their table rows, from the cache where a large table met this tokenizer before."""
     if len(table) < _CACHE_FROM:
         return _build_index(table, tokenizer, pad_id)
-    probes = table.keys.take(np.linspace(0, len(table) - 1, 512).astype(np.int64)).to_pylist()
-    name = hashlib.blake2b(
-        table.content_hash.encode() + table.count.tobytes() + _fingerprint(probes, tokenizer, pad_id), digest_size=16
-    ).hexdigest()
-    path = cache_folder() / f"tokens-{name}.npz"
-    if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return stored["hashes"], stored["rows"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            logger.warning("MM-TS: %s cannot be read (%s); building it again", path, error)
-    hashes, rows = _build_index(table, tokenizer, pad_id)
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, hashes=hashes, rows=rows)
-    except OSError as error:
-        logger.warning("MM-TS: the caption index cannot be cached in %s: %s", path, error)
-    return hashes, rows
+    folder, name = cache_folder(), f"tokens-{key}.npy"
+    path = None if folder is None else folder / name
+
+    def read(file: BinaryIO, size: int) -> tuple[np.ndarray, np.ndarray]:
+        hashes, rows = np.array(mapped(file, size, "<i8", 2))
+        if not _ascending(hashes) or rows.min() < 0 or rows.max() >= len(table):
+            raise ValueError("its numbers cannot be an index")
+        return hashes, rows
+
+    found = cached(path, name, read)
+    if found is None:
+        found = hashes, rows = _build_index(table, tokenizer, pad_id)
+        keep(path, name, lambda file: np.lib.format.write_array(file, np.stack([hashes, rows]), (1, 0)))
+    return found
 
 
-def _fingerprint(probes: list[str], tokenizer: Tokenizer, pad_id: int) -> bytes:
-    """Tells tokenizers apart by what they make of captions of this very table, spread over it."""
-    return str(pad_id).encode() + np.ascontiguousarray(tokenizer(probes).numpy()).tobytes()
+def _ascending(hashes: np.ndarray) -> bool:
+    block = 1 << 20
+    return all(
+        bool((hashes[start + 1 : start + block + 1] > hashes[start : start + block][: len(hashes) - start - 1]).all())
+        for start in range(0, len(hashes), block)
+    )
 
 
 def _build_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,10 +209,8 @@ def _build_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> tupl
         return hash_tokens(tokenizer(table.keys.slice(start, _CHUNK).to_pylist()), pad_id)
 
     starts = range(0, len(table), _CHUNK)
-    if len(table) < _PARALLEL_FROM:
-        parts = [hashed(start) for start in starts]
-    else:
-        parts = list(_in_workers(hashed, starts))
+    workers = 0 if len(table) < _PARALLEL_FROM else _MOST_WORKERS
+    parts = list(_in_workers(table.source, hashed, starts, workers))
     hashes = torch.cat(parts).numpy()
     rows = _commonest(hashes, table.count)
     return hashes[rows], rows
@@ -196,58 +220,83 @@ def _build_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int) -> tupl
 
 _RECORD = np.dtype([("hash", "<i8"), ("count", "<i4"), ("code", "<i2")])
 _HASHES, _CODES = "hashes.i64", "codes.i16"
+_MOST_WORKERS = 16
 _FANOUT = 256  # files that the records are split into by the hash's first byte, to be sorted one at a time
 
 
-def _mapped_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _mapped_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int, key: str) -> tuple[np.ndarray, np.ndarray]:
     """``[n]`` int64 sorted hashes and ``[n]`` int16 codes of their frequencies, mapped from the cache.
 
-    Ten bytes a caption, on disk and in the page cache, which the ranks of a node share. Built once, in a stream.
+    Ten bytes a caption, on disk and in the page cache, which the ranks of a node share. Built once, in a stream; where
+    there is no cache at each start, in a temporary file.
 
     Raises:
-        TableError: the cache cannot be written.
+        TableError: it cannot be written.
     """
-    name = hashlib.blake2b(
-        table.content_hash.encode() + _fingerprint(table.probes(512), tokenizer, pad_id), digest_size=16
-    ).hexdigest()
-    folder = cache_folder() / f"tokens-{name}"
-    with one_at_a_time(folder):
-        if not folder.exists():
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-                try:
-                    _write_index(table, tokenizer, pad_id, temporary)
-                    temporary.rename(folder)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
-            except OSError as error:
-                raise TableError(
-                    f"{folder}: the index of {len(table):,} captions cannot be written: {error}; it takes "
-                    f"{len(table) * 24 / 1e9:.1f} GB while it is made; name a folder with room in MMTS_CACHE"
-                ) from error
+    parent, name = cache_folder(), f"tokens-{key}"
+    where = tempfile.gettempdir() if parent is None else parent
+    full = (
+        f"the index of {len(table):,} captions cannot be written; it takes {len(table) * 24 / 1e9:.1f} GB while it is "
+        f"made; name a folder with room in {'TMPDIR' if parent is None else 'MMTS_CACHE'}"
+    )
+    if parent is None:
+        with writing(where, full, TableError), tempfile.TemporaryDirectory(prefix="mmts-") as temporary:
+            _write_index(table, tokenizer, pad_id, Path(temporary), name)
+            found = _stored_index(Path(temporary), name, len(table.levels))  # stays mapped when the file is gone
+    else:
+        with one_at_a_time(parent / name):
+            found = _stored_index(parent / name, name, len(table.levels))
+            if found is None:
+                with writing(parent / name, full, TableError), replacing_folder(parent / name) as folder:
+                    _write_index(table, tokenizer, pad_id, folder, name)
+                found = _stored_index(parent / name, name, len(table.levels))
+    if found is None:
+        raise TableError(
+            f"{where}: the index of captions is not what was written there a moment ago; is the disk sound?"
+        )
+    return found
+
+
+def _stored_index(folder: Path, name: str, levels: int) -> Optional[tuple[np.ndarray, np.ndarray]]:
     # Copy on write: shared pages, and an array that torch takes without a warning. Nothing writes.
-    return np.memmap(folder / _HASHES, "<i8", "c"), np.memmap(folder / _CODES, "<i2", "c")
+    def read_hashes(file: BinaryIO, size: int) -> np.ndarray:
+        hashes = np.memmap(file, "<i8", "c", 0, size // 8)
+        if size % 8 or not _ascending(hashes):
+            raise ValueError("its hashes are not in order")
+        return hashes
+
+    def read_codes(file: BinaryIO, size: int) -> np.ndarray:
+        codes = np.memmap(file, "<i2", "c", 0, size // 2)
+        if hashes is None or size != 2 * len(hashes) or codes.min() < 0 or codes.max() >= levels:
+            raise ValueError("its numbers cannot be an index")
+        return codes
+
+    hashes = cached(folder / _HASHES, f"{name}/{_HASHES}", read_hashes)
+    if hashes is None:
+        return None
+    codes = cached(folder / _CODES, f"{name}/{_CODES}", read_codes)
+    return None if codes is None else (hashes, codes)
 
 
-def _write_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int, folder: Path) -> None:
-    groups = row_groups(table.parts)
+def _write_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int, folder: Path, name: str) -> None:
+    groups = table.row_groups()
 
     def records(number: int) -> Tensor:
-        columns = read_row_group(*groups[number], ["key", "frequency", "count"])
+        columns = table.read_group(number, *groups[number])
         keys = columns["key"]
         out = np.empty(len(keys), _RECORD)
-        starts = range(0, len(keys), _CHUNK)
-        out["hash"] = np.concatenate(
-            [hash_tokens(tokenizer(keys.slice(start, _CHUNK).to_pylist()), pad_id).numpy() for start in starts]
-        )
-        out["count"] = np.minimum(columns["count"].to_numpy(), np.iinfo(np.int32).max)
-        out["code"] = table.code(columns["frequency"].to_numpy())
+        hashes = [
+            hash_tokens(tokenizer(keys.slice(start, _CHUNK).to_pylist()), pad_id).numpy()
+            for start in range(0, len(keys), _CHUNK)
+        ]
+        out["hash"] = np.concatenate([*hashes, np.empty(0, np.int64)])
+        out["count"] = np.minimum(columns["count"], np.iinfo(np.int32).max)
+        out["code"] = table.code(columns["frequency"])
         return torch.from_numpy(out.view(np.uint8))
 
     buckets = [(folder / f"{number}.records").open("wb") for number in range(_FANOUT)]
     try:
-        for part in _in_workers(records, range(len(groups))):
+        for part in _in_workers(table.source, records, range(len(groups)), _MOST_WORKERS):
             found = part.numpy().view(_RECORD)
             bucket = (found["hash"] >> 56) + _FANOUT // 2
             order = np.argsort(bucket, kind="stable")
@@ -257,7 +306,10 @@ def _write_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int, folder: P
     finally:
         for file in buckets:
             file.close()
-    with (folder / _HASHES).open("wb") as hashes, (folder / _CODES).open("wb") as codes:
+    with (
+        sealing(folder / _HASHES, f"{name}/{_HASHES}") as hashes,
+        sealing(folder / _CODES, f"{name}/{_CODES}") as codes,
+    ):
         for file in buckets:
             found = np.fromfile(file.name, _RECORD)
             found = found[_commonest(found["hash"], found["count"])]
@@ -273,26 +325,53 @@ def _commonest(hashes: np.ndarray, count: np.ndarray) -> np.ndarray:
     return order[np.r_[True, np.diff(hashes[order]) != 0][: len(order)]]
 
 
-class _Chunks(torch.utils.data.Dataset[Tensor]):
+class _Chunks(torch.utils.data.Dataset[Any]):
     def __init__(self, work: Callable[[int], Tensor], items: Sequence[int]) -> None:
         self.work, self.items = work, items
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.work(self.items[index])
+    def __getitem__(self, index: int) -> Union[Tensor, MMTSError]:
+        try:
+            return self.work(self.items[index])
+        except MMTSError as error:
+            return error  # raised, the loader would wrap it in a traceback of its own
 
 
-def _in_workers(work: Callable[[int], Tensor], items: Sequence[int]) -> Iterator[Tensor]:
-    """Tokenize in forked loader workers: Python tokenizers make a few thousand captions a second and core."""
-    loader: Any = torch.utils.data.DataLoader(
-        _Chunks(work, items),
-        batch_size=None,
-        num_workers=min(16, os.cpu_count() or 1),
-        multiprocessing_context="fork" if hasattr(os, "fork") else None,
-    )
-    for number, part in enumerate(loader, 1):
-        yield part
-        if number % max(len(items) // 10, 1) == 0:
-            logger.info("MM-TS: tokenizing the table's captions, %d%%", 100 * number // len(items))
+def _in_workers(source: str, work: Callable[[int], Tensor], items: Sequence[int], workers: int) -> Iterator[Tensor]:
+    """Tokenize in forked loader workers: Python tokenizers make a few thousand captions a second and core.
+
+    Where processes cannot be forked (a tokenizer need not survive pickling), or for ``workers=0``: in this one.
+
+    Raises:
+        TableError: a caption cannot be tokenized.
+    """
+    with reading(source, "its captions cannot be tokenized", TableError):
+        for number, part in enumerate(_parts(_Chunks(work, items), min(workers, _cores(), len(items))), 1):
+            if isinstance(part, MMTSError):
+                raise part
+            yield part
+            if workers and number % max(len(items) // 10, 1) == 0:
+                logger.info("MM-TS: tokenizing the table's captions, %d%%", 100 * number // len(items))
+
+
+def _parts(chunks: _Chunks, workers: int) -> Iterator[Any]:
+    # A daemon, as some launchers make of a rank, may have no children.
+    if workers > 1 and _can_fork() and not multiprocessing.current_process().daemon:
+        loader: Any = torch.utils.data.DataLoader(
+            chunks, batch_size=None, num_workers=workers, multiprocessing_context="fork"
+        )
+        try:
+            return iter(loader)
+        except OSError as error:  # no more processes, no memory for them
+            logger.warning("MM-TS: no process can be started (%s); tokenizing in this one", error)
+    return map(chunks.__getitem__, range(len(chunks)))
+
+
+def _can_fork() -> bool:
+    return hasattr(os, "fork") and "fork" in multiprocessing.get_all_start_methods()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -150,7 +150,7 @@ def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[Clus
         table = read_table(found)
     except TableError as error:
         return None, str(error)
-    if record.get("table_hash") not in (None, table.content_hash):
+    if record.get("table_hash") is not None and not table.has_hash(record["table_hash"]):
         return None, f"{found} has another content hash than the run's table ({record['table_hash']})"
     return table, ""
 

@@ -265,7 +265,7 @@ def test_a_large_table_that_is_wrong_is_one_error(parts: Path) -> None:
     for path in parts.iterdir():
         path.unlink()
     part.write_bytes(buffer.getvalue())
-    with pytest.raises(TableError, match="'frequency' holds a number not above zero"):
+    with pytest.raises(TableError, match="'frequency' must hold finite numbers above zero"):
         large.open_table(parts)
 
 
@@ -275,6 +275,6 @@ def test_what_was_read_of_a_large_table_is_kept(parts: Path, monkeypatch: pytest
     monkeypatch.setattr(large, "_read_through", lambda *_: pytest.fail("read again"))
     assert large.open_table(parts).content_hash == first.content_hash
     (file,) = (tmp_path / "cache" / "tables").glob("*.json")
-    assert json.loads(file.read_text())["rows"] == len(first)
+    assert json.loads(file.read_text().splitlines()[0])["rows"] == len(first) == 3050
     with pytest.raises(MMTSError, match="no such cluster table"):
         large.open_table(parts / "missing.parquet")

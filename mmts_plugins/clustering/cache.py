@@ -7,19 +7,16 @@ the encoder's own weights, written whole or not at all, and mapped into memory w
 from __future__ import annotations
 
 import hashlib
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import BinaryIO, Optional
 
 import numpy as np
 
-from .._files import cache_folder, replacing
-from ..errors import MMTSError
-from .rows import Rows
-
-logger = logging.getLogger(__name__)
+from .._files import cache_folder, cached, mapped, replacing, sealing, writing
+from ..errors import MMTSError, shown
+from .rows import Rows, release
 
 PART = 16_384  # captions: about a minute of a small sentence encoder on one core, the most that a kill can cost
 
@@ -50,16 +47,20 @@ def embed_part(
     encode: Callable[[Sequence[str]], np.ndarray], identity: Optional[str], captions: Sequence[str], label: str
 ) -> np.ndarray:
     """``[m, d]`` float16 of one part; arguments as :func:`embed`'s."""
-    path = None if identity is None else _path(identity, captions)
-    if path is not None and path.exists():
-        try:
-            stored: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-            if len(stored) == len(captions):
-                return stored
-            reason = f"{len(stored)} rows"
-        except (OSError, ValueError, EOFError) as error:
-            reason = str(error)
-        logger.warning("MM-TS: %s cannot be used (%s); embedding its captions again", path, reason)
+    folder, name = (None, "") if identity is None else _place(identity, captions)
+    path = None if folder is None else folder / name
+
+    def read(file: BinaryIO, size: int) -> np.ndarray:
+        stored = mapped(file, size, "<f2", 2)
+        if len(stored) != len(captions):
+            raise ValueError(f"it holds {len(stored)} rows for {len(captions)} captions")
+        if not np.isfinite(stored).all():
+            raise ValueError("it holds NaN or infinity")
+        release(stored)
+        return stored
+
+    if (found := cached(path, f"{identity} {name}", read, "embedding its captions again", str(folder))) is not None:
+        return found
     vectors = encode(captions)
     with np.errstate(over="ignore"):
         halves = vectors.astype(np.float16)
@@ -67,26 +68,23 @@ def embed_part(
     if not finite.all():
         caption = captions[int(np.argmin(finite))]
         raise MMTSError(
-            f"{label} gives a NaN or an infinity for the caption {caption[:80]!r}; remove it, or use another encoder"
+            f"{label} gives a NaN or an infinity for the caption {shown(caption)}; remove it, or use another encoder"
         )
     if path is None:
         return halves
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, halves)
-    except OSError as error:
-        raise MMTSError(
-            f"{path}: the embeddings cannot be cached: {error}; make room, move the cache (MMTS_CACHE=FOLDER), or do "
-            "without it (--no-cache)"
-        ) from error
-    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return mapped
+    full = "the embeddings cannot be cached (make room, move the cache with MMTS_CACHE, or do without it: --no-cache)"
+    with writing(path, full), replacing(path, private=True) as temporary:
+        with sealing(temporary, f"{identity} {name}") as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(halves, "<f2"), (1, 0))
+    stored = cached(path, f"{identity} {name}", read)  # mapped: what is not used takes no memory
+    return halves if stored is None else stored
 
 
-def _path(identity: str, captions: Sequence[str]) -> Path:
-    folder = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+def _place(identity: str, captions: Sequence[str]) -> tuple[Optional[Path], str]:
+    """The folder, if there is a cache, and the name of the file of a part."""
     digest = hashlib.blake2b(digest_size=16)
     for caption in captions:
         text = caption.encode()
         digest.update(len(text).to_bytes(8, "little") + text)
-    return cache_folder() / "embeddings" / folder / f"{digest.hexdigest()}.npy"
+    folder = cache_folder("embeddings", hashlib.blake2b(identity.encode(), digest_size=8).hexdigest())
+    return folder, f"{digest.hexdigest()}.npy"

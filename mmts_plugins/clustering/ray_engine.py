@@ -7,6 +7,7 @@ command goes on from the parts that are finished. The K-Means fit itself is smal
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -50,9 +51,9 @@ def build(job: Job, output: str, info: dict[str, Any], workers: Optional[int] = 
         parts = len(ranges)
         _choose_and_fit(job, pool, parts)
         pool.run("assign", [{}] * parts)
-        measured = _totals(job, parts)
-        unfinished = f"{job.folder}/table"
-        whole = {**info, "stability": measured, "parts": parts}
+        measured, table = _totals(job, parts)
+        unfinished = f"{job.folder}/table-{table}"  # whatever an earlier run left of another table is not in there
+        whole = {**info, "stability": measured, "parts": parts, "table": table}
         pool.run("finish", [{"info": whole, "output": unfinished}] * parts)
     if Path(output).exists():
         shutil.rmtree(output)  # --force: checked before the run
@@ -169,14 +170,22 @@ def _choose_and_fit(job: Job, pool: _Pool, parts: int) -> None:
         np.save(file, np.stack(centres))
 
 
-def _totals(job: Job, parts: int) -> dict[str, Any]:
-    """Leave ``sizes.npy``, ``[R, K]`` samples per cluster over all parts; the stability of the runs."""
+def _totals(job: Job, parts: int) -> tuple[dict[str, Any], str]:
+    """Leave ``sizes.npy``, ``[R, K]`` samples per cluster over all parts.
+
+    Returns:
+        The stability of the runs, and a word for the table: a digest of all that its parts are made of.
+    """
     recipe = job.recipe
     sizes = np.zeros((recipe.runs, recipe.clusters))
     kept_labels, kept_counts = [], []
+    digest = hashlib.blake2b(digest_size=16)
     for part in range(parts):
-        count = read_part(job.path("merge", part), ["count"])["count"].to_numpy().astype(np.float64)
+        merged = read_part(job.path("merge", part), ["hash", "count"])
+        count = merged["count"].to_numpy().astype(np.float64)
         labels = np.stack([column.to_numpy() for column in read_part(job.path("assign", part)).columns])
+        for numbers in (np.array([len(count)]), merged["hash"].to_numpy(), count, labels):
+            digest.update(np.ascontiguousarray(numbers).data)
         for run in range(recipe.runs):
             sizes[run] += np.bincount(labels[run], weights=count, minlength=recipe.clusters)
         share = np.arange(0, len(count), max(parts * len(count) // stability.ROWS, 1))
@@ -189,4 +198,4 @@ def _totals(job: Job, parts: int) -> dict[str, Any]:
         np.save(file, sizes)
     labels = np.concatenate(kept_labels, axis=1)
     done = Estimate(labels[0], kmeans.Clustering(labels, sizes, np.zeros(recipe.runs)))
-    return stability.of_runs(done, np.concatenate(kept_counts), recipe)
+    return stability.of_runs(done, np.concatenate(kept_counts), recipe), digest.hexdigest()

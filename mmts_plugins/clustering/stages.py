@@ -179,7 +179,8 @@ class Worker:
         rank[np.argsort(-sizes[0], kind="stable")] = np.arange(sizes.shape[1])
         table = ClusterTable.build(merged["key"].combine_chunks(), rank[labels["0"].to_numpy()],
                                    frequency / len(sizes), merged["count"].to_numpy(), info=info)  # fmt: skip
-        whole = {"clusters": sizes.shape[1], "samples": int(sizes[0].sum()), "parts": info["parts"]}
+        whole = {"clusters": sizes.shape[1], "samples": int(sizes[0].sum()), "parts": info["parts"],
+                 "table": info["table"], "part": part}  # fmt: skip
         table.save(target, whole)
 
     def _chunks(self, part: int) -> Iterator[tuple[int, list[str]]]:
