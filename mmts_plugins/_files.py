@@ -68,7 +68,8 @@ def replacing(path: PathLike, private: bool = False) -> Iterator[Path]:
 
     Args:
         path: the file.
-        private: nobody else may read it; otherwise the umask decides, as for any other file.
+        private: a file of the cache: nobody else may read it, and whatever stands there goes, be it a folder;
+            otherwise the umask decides, as for any other file.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,8 @@ def replacing(path: PathLike, private: bool = False) -> Iterator[Path]:
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600
+        elif target.is_dir():
+            remove(target)
         os.replace(temporary, target)
 
 

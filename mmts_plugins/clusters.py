@@ -118,7 +118,7 @@ class ClusterTable:
             if len(getattr(self, name)) != len(self.keys):
                 raise bad(f"column {name!r} has {len(getattr(self, name))} rows, 'key' has {len(self.keys)}")
         check_numbers(self.source, self.cluster, self.frequency, self.count, len(self.keys))
-        check_samples(self.source, float(self.count.sum(dtype=np.float64)))
+        samples_of(self.source, self.count)
 
     @classmethod
     def build(
@@ -545,7 +545,8 @@ def whole_info(source: Path, files: Sequence[Path], infos: Sequence[dict[str, An
         raise TableError(f"{source}: holds {len(files)} parts of a table of {first['parts']}; copy the whole folder")
     if "part" in first and {info.get("part") for info in infos} != set(range(len(files))):
         raise TableError(f"{source}: a part is there twice, and another is not; copy the whole folder")
-    return {name: value for name, value in first.items() if name not in _OF_A_FILE}
+    its_own = {*_OF_A_FILE, *(_OF_A_PART if len(files) > 1 else ())}
+    return {name: value for name, value in first.items() if name not in its_own}
 
 
 def check_counted(files: Sequence[Path], parts: Sequence[Iterable[str]]) -> None:
@@ -601,10 +602,12 @@ def check_numbers(source: object, cluster: np.ndarray, frequency: np.ndarray, co
         raise TableError(f"{source}: column 'frequency' holds {frequency.max():g}: too large for a number of samples")
     if count.min() < 1:
         raise TableError(f"{source}: column 'count' must hold numbers of at least one")
-    check_samples(source, float(count.max()))
 
 
-def check_samples(source: object, samples: float) -> None:
-    """Raise a TableError for more samples than add up exactly."""
+def samples_of(source: object, count: np.ndarray, before: int = 0) -> int:
+    """``before`` and the sum of ``count``. Raises a TableError for more samples than add up exactly."""
+    roughly = before + float(count.sum(dtype=np.float64))  # whole numbers would wrap around
+    samples = before + int(count.sum()) if roughly < 2 * _MOST else 2 * _MOST
     if samples > _MOST:
         raise TableError(f"{source}: column 'count' adds up to more than {_MOST} samples")
+    return samples

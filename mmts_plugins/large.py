@@ -31,7 +31,6 @@ from .clusters import (
     check_counted,
     check_hash,
     check_numbers,
-    check_samples,
     check_stated_samples,
     columns_of,
     legacy_hash,
@@ -39,6 +38,7 @@ from .clusters import (
     opened,
     part_info,
     read_columns,
+    samples_of,
     table_files,
     whole_info,
 )
@@ -233,13 +233,12 @@ def _read_through(source: Path, files: Sequence[Path], rows: int) -> dict[str, A
         for group, columns in _by_group(file):
             cluster, frequency, count = (columns[name] for name in ("cluster", "frequency", "count"))
             check_numbers(source, cluster, frequency, count, rows)
-            check_samples(source, samples + float(count.sum(dtype=np.float64)))
+            samples, total = samples_of(source, count, samples), total + float(frequency @ count)
             for each in (digest, of_part, of_groups[group]):
                 each.add(columns)
             found += len(cluster)
             clusters = max(clusters, int(cluster.max(initial=-1)) + 1)
             low, high = min(low, frequency.min(initial=np.inf)), max(high, frequency.max(initial=-np.inf))
-            samples, total = samples + int(count.sum()), total + float(frequency @ count)
             if len(distinct) <= LEVELS:
                 distinct = np.union1d(distinct, frequency)
             longest = longer_keys(longest, columns["key"])

@@ -192,7 +192,7 @@ def _cached_index(table: ClusterTable, tokenizer: Tokenizer, pad_id: int, key: s
     found = cached(path, name, read)
     if found is None:
         found = hashes, rows = _build_index(table, tokenizer, pad_id)
-        keep(path, name, lambda file: np.lib.format.write_array(file, np.stack([hashes, rows]), (1, 0)))
+        keep(path, name, lambda file: np.save(file, np.stack([hashes, rows]), False))
     return found
 
 

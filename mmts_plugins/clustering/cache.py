@@ -75,7 +75,7 @@ def embed_part(
     full = "the embeddings cannot be cached (make room, move the cache with MMTS_CACHE, or do without it: --no-cache)"
     with writing(path, full), replacing(path, private=True) as temporary:
         with sealing(temporary, f"{identity} {name}") as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(halves, "<f2"), (1, 0))
+            np.save(file, np.ascontiguousarray(halves, "<f2"), allow_pickle=False)
     stored = cached(path, f"{identity} {name}", read)  # mapped: what is not used takes no memory
     return halves if stored is None else stored
 
