@@ -85,6 +85,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, field in FIELDS.items():
             object.__setattr__(self, name, field.check(_flag(name), getattr(self, name)))
+        if self.loss == "mmts":
+            raise ConfigError(f"--loss is 'mmts', which each host reads as {INFONCE} or {MAX_MARGIN}: say which")
         if self.shift_min > self.shift_max:
             raise ConfigError(f"--mmts-shift-min {self.shift_min} is above --mmts-shift-max {self.shift_max}")
         if (self.num_oscillations is None) == (self.period is None):
