@@ -119,8 +119,8 @@ def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]
         raise ConfigError("mmts run -m: which module? For example: mmts run -m open_clip_train.main --loss mmts ...")
     target, rest = (arguments[1], arguments[2:]) if as_module else (arguments[0], arguments[1:])
     safe_path = getattr(sys.flags, "safe_path", False)
-    if as_module and not safe_path:
-        sys.path[0] = os.getcwd()  # where `python -m` looks first
+    if as_module and not safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # where `python -m` looks first
     _check_exists(target, as_module)
     if asks_for_us(rest) and not any(host.starts(target, as_module) for host in registry.hosts()):
         known = dict.fromkeys(name for host in registry.hosts() for name in host.start_modules)
