@@ -12,28 +12,34 @@ from functools import partial
 from typing import Any, NoReturn, Optional
 
 from . import __version__
-from .errors import ConfigError, MMTSError, last_resort, reading, shown
+from .errors import ConfigError, MMTSError, cause, last_resort, one_line, reading, shown
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; the exit status is 0, or 2 after an error that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # captions hold what a terminal's encoding may not
+        with suppress(OSError, ValueError):
+            sys.stdout.reconfigure(errors="replace")  # captions hold what a terminal's encoding may not
     # torch.distributed.launch gives a script its rank before everything else.
     local_rank = [word for word in arguments[:1] if word.startswith(("--local-rank=", "--local_rank="))]
     arguments = arguments[len(local_rank) :]
     launched: Optional[Callable[[], object]] = None
-    code = 0
+    parsed, code = argparse.Namespace(), 0
     try:
+        for word in arguments:
+            if "\0" in word:
+                raise ConfigError(f"an argument holds a NUL character: {shown(word)}")
         if arguments[:1] == ["run"] and arguments[1:2] not in ([], ["-h"], ["--help"]):
             launched = _launch(arguments[1:], local_rank)  # what follows belongs to the host, flags and all
         else:
-            with reading("the command line", "cannot be understood", ConfigError):
-                parsed = _parser().parse_args(arguments)
-            code = parsed.run(parsed) or 0
-            if sys.stdout is not None:
-                sys.stdout.flush()  # while a full disk can still be told in a line
+            try:
+                with reading("the command line", "cannot be understood", ConfigError):
+                    parsed = _parser().parse_args(arguments)
+                code = parsed.run(parsed) or 0
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # while a full disk can still be told in a line
     except KeyboardInterrupt:
         print("mmts: interrupted", file=sys.stderr)
         return 130
@@ -41,17 +47,29 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _close(sys.stdout)
         return 141
     except Exception as error:
-        message = last_resort(error)
-        if isinstance(error, OSError) and error.filename is None:
-            message = f"cannot write or read: {message}; is the disk full, or the output closed?"
-            _close(sys.stdout)
-        print(f"mmts: error: {message}", file=sys.stderr)
+        print(f"mmts: error: {_told(error, parsed)}", file=sys.stderr)
         if os.environ.get("MMTS_DEBUG"):
             raise
-        return 2 if isinstance(error, (MMTSError, OSError)) else 70
+        return 2 if isinstance(error, (MMTSError, OSError, UnicodeEncodeError)) else 70
     if launched is not None:
         launched()  # its errors are its own, tracebacks and all
     return code
+
+
+def _told(error: Exception, parsed: argparse.Namespace) -> str:
+    """:func:`last_resort`, and the file where the system does not name it."""
+    output = getattr(parsed, "output", None)
+    if isinstance(error, UnicodeEncodeError):
+        return one_line(f"{shown(error.object)}: a name that is not UTF-8 cannot be used here; rename it")
+    if not isinstance(error, OSError) or error.filename is not None:
+        return last_resort(error)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        _close(sys.stdout)
+        output = None
+    return one_line(f"{output or 'standard output'}: cannot be written: {cause(error)}; make room, or write elsewhere")
 
 
 def _close(stream: Any) -> None:
