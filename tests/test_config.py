@@ -9,7 +9,8 @@ import pytest
 from mmts_plugins import config as configuration
 from mmts_plugins.config import Config, check_resume, load_file, record, resolve, split_flags, write_record
 from mmts_plugins.errors import ConfigError
-from mmts_plugins.presets import INFONCE, MAX_MARGIN
+from mmts_plugins.plan import Plan
+from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
 
 DEFAULTS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
 
@@ -194,3 +195,21 @@ def test_a_config_made_in_python_is_checked_too():
     ):
         with pytest.raises(ConfigError, match=message):
             Config(**{**good, **change})
+
+
+def test_the_presets():
+    """The numbers of the paper's supplementary, Sec. 7, written down once more."""
+    assert {name: preset[1:] for name, preset in PRESETS.items()} == {
+        "clip-cc3m": (0.04, 0.05, 0.10),
+        "avion-max-margin": (0.20, 0.17, 0.30),
+        "avion-clip": (0.08, 0.05, 0.20),
+        "vast-max-margin": (0.20, 0.10, 0.30),
+        "vast-clip": (0.06, 0.06, 0.09),
+    }
+
+
+def test_the_extremes_of_a_plan():
+    plan = Plan.of_preset("clip-cc3m", 100, num_oscillations=2.0)
+    assert plan.extremes == {"start": 0, "trough": 25, "peak": 50, "end": 99}
+    with pytest.raises(ConfigError, match="unknown preset 'clip'; choose from clip-cc3m"):
+        Plan.of_preset("clip", 100)

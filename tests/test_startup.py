@@ -368,6 +368,22 @@ def test_what_asks_for_us(arguments, asks):
     assert asks_for_us(arguments) is asks
 
 
+@pytest.mark.parametrize("value", [*OURS, "mm", " mmts", "m-m-t-s", "clip+MMTS", "MMTSInfoNCE", "mms", "smmt", "mmtd"])
+def test_what_means_us(value):
+    from mmts_plugins._startup import means_us
+
+    assert means_us(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "m", "mse", "ms", "mtl", "reduce", "gather", "shift", "bidir", "itc", "clip", "nce"]
+)
+def test_what_does_not_mean_us(value):
+    from mmts_plugins._startup import means_us
+
+    assert not means_us(value)
+
+
 def test_a_broken_installation_refuses_instead_of_training_plain_clip(tmp_path):
     host = tmp_path / "open_clip_train"
     host.mkdir()
