@@ -53,16 +53,21 @@ def remove(module: str, hook: Hook) -> None:
 
 
 class _Finder:
-    """Lets the other finders find the module, and adds the hooks to its loader's last step."""
+    """Lets the finders behind it find the module, and adds the hooks to its loader's last step.
+
+    Those before it were asked before. All others would be wrong: a second copy of this module has a finder, too, and
+    the two would ask each other for ever.
+    """
 
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
     ) -> Optional[ModuleSpec]:
         if fullname not in _hooks:
             return None
-        for finder in sys.meta_path:
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 if self in finders else 0 :]:
             find = getattr(finder, "find_spec", None)
-            spec: Optional[ModuleSpec] = find(fullname, path, target) if find and finder is not self else None
+            spec: Optional[ModuleSpec] = find(fullname, path, target) if find else None
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     _extend(spec, fullname)
@@ -76,7 +81,8 @@ _finder: Any = _Finder()
 def _extend(spec: Any, name: str) -> None:
     loader = spec.loader
     execute = loader.exec_module
-    if getattr(execute, "_mmts_hooks", None) == name:
+    mark = (name, _finder)
+    if getattr(execute, "_mmts_hooks", None) == mark:
         return  # a loader that others share, found again
 
     def exec_module(module: ModuleType) -> None:
@@ -85,7 +91,7 @@ def _extend(spec: Any, name: str) -> None:
             for hook in list(_hooks.get(name, ())):
                 hook(module)
 
-    exec_module._mmts_hooks = name  # type: ignore[attr-defined]
+    exec_module._mmts_hooks = mark  # type: ignore[attr-defined]
     try:
         # On the instance, not a wrapper around it: runpy, pkgutil and inspect ask loaders for more than exec_module.
         loader.exec_module = exec_module
