@@ -1,17 +1,21 @@
 """Running a function right after a module is imported, before whoever imported it binds its names.
 
-The standard library only. A hook that raises fails the import: a host that cannot be patched must not train.
+Nothing but ``sys`` is imported here: every interpreter does. A hook that raises fails the import: a host that cannot be
+patched must not train.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any, Optional
 
-Hook = Callable[[ModuleType], None]
+TYPE_CHECKING = False  # typing.TYPE_CHECKING without the milliseconds of importing typing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any, Optional
+
+    Hook = Callable[[ModuleType], None]
 
 _hooks: dict[str, list[Hook]] = {}
 
@@ -49,19 +53,24 @@ def remove(module: str, hook: Hook) -> None:
 
 
 class _Finder:
-    """Lets the other finders find the module, and adds the hooks to its loader's last step."""
+    """Lets the finders behind it find the module, and adds the hooks to its loader's last step.
+
+    Those before it were asked before. All others would be wrong: a second copy of this module has a finder, too, and
+    the two would ask each other for ever.
+    """
 
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
     ) -> Optional[ModuleSpec]:
         if fullname not in _hooks:
             return None
-        for finder in sys.meta_path:
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 if self in finders else 0 :]:
             find = getattr(finder, "find_spec", None)
-            spec: Optional[ModuleSpec] = find(fullname, path, target) if find and finder is not self else None
+            spec: Optional[ModuleSpec] = find(fullname, path, target) if find else None
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    _extend(spec.loader, fullname)
+                    _extend(spec, fullname)
                 return spec
         return None
 
@@ -69,13 +78,32 @@ class _Finder:
 _finder: Any = _Finder()
 
 
-def _extend(loader: Any, name: str) -> None:
-    # On the instance, not a wrapper around it: runpy, pkgutil and inspect ask loaders for more than exec_module.
+def _extend(spec: Any, name: str) -> None:
+    loader = spec.loader
     execute = loader.exec_module
+    mark = (name, _finder)
+    if getattr(execute, "_mmts_hooks", None) == mark:
+        return  # a loader that others share, found again
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
-        for hook in list(_hooks.get(name, ())):
-            hook(module)
+        if module.__name__ == name:  # a zip file has one loader for all its modules
+            for hook in list(_hooks.get(name, ())):
+                hook(module)
 
-    loader.exec_module = exec_module
+    exec_module._mmts_hooks = mark  # type: ignore[attr-defined]
+    try:
+        # On the instance, not a wrapper around it: runpy, pkgutil and inspect ask loaders for more than exec_module.
+        loader.exec_module = exec_module
+    except (AttributeError, TypeError):  # a loader that takes no attributes
+        spec.loader = _Loader(loader, exec_module)
+
+
+class _Loader:
+    """Another loader with a last step added."""
+
+    def __init__(self, loader: Any, exec_module: Any) -> None:
+        self._loader, self.exec_module = loader, exec_module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

@@ -1,10 +1,11 @@
 """What runs at interpreter start (``mmts_plugins.pth``; ``mmts_plugins.start`` from Python 3.15).
 
-It looks at the arguments: standard library only, and nothing but ``sys`` and ``os`` unless they ask for us. A run armed
-here and one armed by ``python -m mmts_plugins run`` are the same from then on.
+It looks at the arguments: nothing but ``sys`` and ``os`` is imported unless they ask for us. A run armed here and one
+armed by ``python -m mmts_plugins run`` are the same from then on.
 
 Why it is on by default: without it OpenCLIP reads ``--loss mmts`` as an abbreviation of ``--loss-dist-impl`` and trains
-plain CLIP without a word.
+plain CLIP without a word. For the same reason the functions that read a host's command line are guarded in every
+process: a notebook that calls ``main(["--loss", "mmts"])`` and has not armed us is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,25 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False  # as in _hooks
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, Optional
+
 _HOST_WORDS = ("open_clip_train", "lavila_finetune_mir", "lavila_pretrain")
+# Of hosts whose parser takes --loss for an abbreviation: the function that reads the command line, and what else its
+# module has, where the name alone says nothing.
+_READERS = {
+    "open_clip_train.params": ("parse_args", "parse_args"),
+    "utils.args": ("get_args", "parse_with_config"),
+    "vast_utils.args": ("get_args", "parse_with_config"),
+}
 _started = False
+_guarded = False
 
 
-def _names_host(arguments: list[str]) -> bool:
-    return any(word in argument for argument in arguments for word in _HOST_WORDS)
+def _names_host(arguments: Sequence[str]) -> bool:
+    return any(word in argument for argument in arguments for word in _HOST_WORDS) or any(map(_is_vast, arguments))
 
 
 def _is_vast(argument: str) -> bool:
@@ -26,30 +40,109 @@ def _is_vast(argument: str) -> bool:
     return argument.endswith("run.py") and os.path.exists(beside)
 
 
-def asks_for_us(arguments: list[str]) -> bool:
+def means_us(value: str) -> bool:
+    """Whether a loss of this name is one of ours, or so near to it that nothing else can be meant."""
+    letters = "".join(letter for letter in value.lower() if letter.isalnum())
+    if letters.startswith("mm") or "mmts" in letters:
+        return True
+    word = value.lower().replace("_", "-").split("-")[0]
+    one_off = (
+        any(word[:i] + word[i + 1 :] == "mmts" for i in range(len(word))),  # a letter too many
+        any("mmts"[:i] + "mmts"[i + 1 :] == word for i in range(4)),  # too few
+        len(word) == 4 and sum(a != b for a, b in zip(word, "mmts")) == 1,
+        sorted(word) == sorted("mmts"),
+    )
+    return any(one_off)
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Each word as a flag and its value, which stands behind an ``=`` or is the next word."""
+    words = [str(word) for word in arguments]
+    split = [(word.partition("="), following) for word, following in zip(words, [*words[1:], ""])]
+    return [(name, value if equals else following) for (name, equals, value), following in split]
+
+
+def asks_for_us(arguments: Sequence[str]) -> bool:
     """Whether a command line carries one of our flags, or a misspelling that a host would swallow."""
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        name, has_value, value = argument.partition("=")
+    for name, value in _pairs(arguments):
         if name.startswith("--mmts-"):
             return True
         # Hosts abbreviate: --los is read as --loss-dist-impl just as --loss is. In VAST --loss is --loss_type, so there
         # only what looks like ours asks for us.
         if name in ("--loss", "--los"):
-            start = (value if has_value else following)[:2]
-            if _names_host(arguments) or start == "mm" or (start == "mt" and any(map(_is_vast, arguments))):
+            if value[:2].lower() == "mm" or any(word in each for each in arguments for word in _HOST_WORDS):
+                return True
+            if (value[:2] == "mt" or means_us(value)) and any(map(_is_vast, arguments)):
                 return True
     return False
+
+
+def swallowed(arguments: Sequence[str]) -> Optional[str]:
+    """The first loss flag of a host (whole or abbreviated) that is given a value of ours; ``None`` where none is."""
+    for name, value in _pairs(arguments):
+        if name.startswith("--los") and means_us(value):
+            return f"{name} {value}"
+    return None
+
+
+def guard() -> None:
+    """Have the functions that read the hosts' command lines refuse a loss of ours that nobody has taken out before.
+
+    Idempotent. A host that is imported already keeps what it has: others hold the function by now.
+    """
+    global _guarded
+    if _guarded:
+        return
+    _guarded = True
+    from . import _hooks
+
+    for module, names in _READERS.items():
+        if module not in sys.modules:
+            _hooks.after_import(module, _guarding(*names))
+
+
+def _guarding(reader: str, beside: str) -> Callable[[Any], None]:
+    def hook(module: Any) -> None:
+        original = getattr(module, reader, None)
+        if not callable(original) or not hasattr(module, beside):
+            return
+        from functools import wraps
+
+        @wraps(original)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs.get("args")
+            if given is None:
+                given = sys.argv[1:]
+            found = swallowed(given) if isinstance(given, (list, tuple)) else None
+            if found is not None:
+                _tell_swallowed(module.__name__, found)
+            return original(*args, **kwargs)
+
+        setattr(module, reader, guarded)
+
+    return hook
+
+
+def _tell_swallowed(module: str, found: str) -> None:
+    from .errors import ConfigError
+    from .registry import quiet_excepthook
+
+    quiet_excepthook()
+    raise ConfigError(
+        f"{found}: {module} would take this for a flag of its own and train without MM-TS. Write --loss mmts, on the "
+        "command line of the process; in a notebook or a script of yours call mmts_plugins.install() before the "
+        "trainer is imported"
+    )
 
 
 def start() -> None:
     """Arm the hosts' seams if this process asks for MM-TS. Idempotent: a virtual environment runs a ``.pth`` twice."""
     global _started
+    guard()
     switch = os.environ.get("MMTS")
     arguments = list(getattr(sys, "orig_argv", sys.argv))
     asked = asks_for_us(arguments)
-    wants_help = (_names_host(arguments) or any(map(_is_vast, arguments))) and (
-        "--help" in arguments or "-h" in arguments
-    )
+    wants_help = ("--help" in arguments or "-h" in arguments) and _names_host(arguments)
     if _started or not (asked or switch == "1" or (wants_help and switch != "0")):
         return
     _started = True
@@ -61,20 +154,36 @@ def start() -> None:
         from . import registry
 
         registry.install_all()
+        if asked and not _names_host(arguments):
+            _tell_broken(arguments)
     except Exception as error:  # an exception here would be printed by site and then ignored
         _refuse(f"mmts-plugins could not start: {type(error).__name__}: {error}")
+
+
+def _tell_broken(arguments: Sequence[str]) -> None:
+    """Which adapters of others could not be loaded, where one may be meant: its host would train without us."""
+    from . import registry
+
+    for each in registry.broken():
+        named = any(each.name.lower() in argument.lower() for argument in arguments)
+        if not named:
+            print(f"mmts: warning: {each}; its host would train without MM-TS", file=sys.stderr, flush=True)
+            continue
+        print(f"mmts: error: {each}; without it --loss mmts would do nothing", file=sys.stderr, flush=True)
+        os._exit(2)  # an exception here would be printed by site and then ignored
 
 
 def _refuse(reason: str) -> None:
     """Make the hosts' argument parsing fail: nothing else of this process is any of our business."""
     from . import _hooks
+    from .errors import one_line
 
     def refuse(module: object) -> None:
         if hasattr(module, "MMTSMaxMarginRankingLoss"):
             return  # the MM-TS authors' fork of AVION: flags of our names are its own
         if "utils" in getattr(module, "__name__", "") and not hasattr(module, "parse_with_config"):
             return  # a package called utils, and not VAST's
-        raise SystemExit(f"mmts: error: {reason}")
+        raise SystemExit(f"mmts: error: {one_line(reason)}")
 
     for module in ("open_clip_train.params", "training.params", "avion.losses.losses", "utils.args", "vast_utils.args"):
         _hooks.after_import(module, refuse)

@@ -6,37 +6,83 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NoReturn, Optional
 
 from . import __version__
-from .errors import ConfigError, MMTSError, last_resort
+from .errors import ConfigError, MMTSError, cause, last_resort, one_line, reading, shown
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; the exit status is 0, or 2 after an error that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # captions hold what a terminal's encoding may not
+        with suppress(OSError, ValueError):
+            sys.stdout.reconfigure(errors="replace")  # captions hold what a terminal's encoding may not
+    # torch.distributed.launch gives a script its rank before everything else.
+    local_rank = [word for word in arguments[:1] if word.startswith(("--local-rank=", "--local_rank="))]
+    arguments = arguments[len(local_rank) :]
+    launched: Optional[Callable[[], object]] = None
+    parsed, code = argparse.Namespace(), 0
     try:
-        # torch.distributed.launch gives a script its rank before everything else.
-        local_rank = [word for word in arguments[:1] if word.startswith(("--local-rank=", "--local_rank="))]
-        arguments = arguments[len(local_rank) :]
+        for word in arguments:
+            if "\0" in word:
+                raise ConfigError(f"an argument holds a NUL character: {shown(word)}")
         if arguments[:1] == ["run"] and arguments[1:2] not in ([], ["-h"], ["--help"]):
-            return _launch(arguments[1:], local_rank)  # what follows belongs to the host, flags and all
-        parsed = _parser().parse_args(arguments)
-        return parsed.run(parsed) or 0
+            launched = _launch(arguments[1:], local_rank)  # what follows belongs to the host, flags and all
+        else:
+            try:
+                with reading("the command line", "cannot be understood", ConfigError):
+                    parsed = _parser().parse_args(arguments)
+                code = parsed.run(parsed) or 0
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # while a full disk can still be told in a line
     except KeyboardInterrupt:
         print("mmts: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # | head: whoever read us has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
+        _close(sys.stdout)
         return 141
     except Exception as error:
-        print(f"mmts: error: {last_resort(error)}", file=sys.stderr)
+        print(f"mmts: error: {_told(error, parsed)}", file=sys.stderr)
         if os.environ.get("MMTS_DEBUG"):
             raise
-        return 2 if isinstance(error, (MMTSError, OSError)) else 70
+        return 2 if isinstance(error, (MMTSError, OSError, UnicodeEncodeError)) else 70
+    if launched is not None:
+        launched()  # its errors are its own, tracebacks and all
+    return code
+
+
+def _told(error: Exception, parsed: argparse.Namespace) -> str:
+    """:func:`last_resort`, and the file where the system does not name it."""
+    output = getattr(parsed, "output", None)
+    if isinstance(error, UnicodeEncodeError):
+        return one_line(f"{shown(error.object)}: a name that is not UTF-8 cannot be used here; rename it")
+    if not isinstance(error, OSError) or error.filename is not None:
+        return last_resort(error)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        _close(sys.stdout)
+        output = None
+    return one_line(f"{output or 'standard output'}: cannot be written: {cause(error)}; make room, or write elsewhere")
+
+
+def _close(stream: Any) -> None:
+    """Let nothing more be written: the interpreter's last flush would fail again, with a traceback."""
+    with suppress(Exception):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """What is wrong in one line, as for every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     from .evaluation import command as evaluation
     from .report import command as report
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mmts",
         description="MM-TS: temperature and margin schedules for contrastive trainers (arXiv 2603.08202).",
         epilog="Start with `mmts demo`, or: mmts cluster train.tsv -o clusters.parquet, then add "
@@ -74,8 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _launch(arguments: list[str], local_rank: list[str]) -> int:
-    """Arm the hosts and become the target, as ``python -m`` or ``python SCRIPT`` would; it is given its rank first."""
+def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]:
+    """Arm the hosts, and what then becomes the target, as ``python -m`` or ``python SCRIPT`` would; it gets its rank.
+
+    Raises:
+        ConfigError: there is no such target, or it is asked for a schedule that nothing here can apply.
+    """
     import runpy
 
     from . import registry
@@ -86,14 +136,42 @@ def _launch(arguments: list[str], local_rank: list[str]) -> int:
     if as_module and len(arguments) < 2:
         raise ConfigError("mmts run -m: which module? For example: mmts run -m open_clip_train.main --loss mmts ...")
     target, rest = (arguments[1], arguments[2:]) if as_module else (arguments[0], arguments[1:])
+    safe_path = getattr(sys.flags, "safe_path", False)
+    if as_module and not safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # where `python -m` looks first
+    _check_exists(target, as_module)
     if asks_for_us(rest) and not any(host.starts(target, as_module) for host in registry.hosts()):
         known = dict.fromkeys(name for host in registry.hosts() for name in host.start_modules)
-        raise ConfigError(f"no adapter for {target!r}, so --loss mmts would do nothing; known: {', '.join(known)}")
+        problems = "".join(f"; {each}" for each in registry.broken())
+        raise ConfigError(
+            f"no adapter for {shown(target)}, so --loss mmts would do nothing; known: {', '.join(known)}{problems}"
+        )
     sys.argv = [target, *local_rank, *rest]
     if as_module:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        if not getattr(sys.flags, "safe_path", False):
-            sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
-        runpy.run_path(target, run_name="__main__")
-    return 0
+        return partial(runpy.run_module, target, run_name="__main__", alter_sys=True)
+    if not safe_path:
+        sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
+    return partial(runpy.run_path, target, run_name="__main__")
+
+
+def _check_exists(target: str, as_module: bool) -> None:
+    if not as_module:
+        if not target or "\0" in target or not os.path.exists(target):
+            raise ConfigError(f"mmts run: there is no script {shown(target)}; for a module: mmts run -m MODULE")
+        if os.path.isdir(target) and not os.path.exists(os.path.join(target, "__main__.py")):
+            raise ConfigError(f"mmts run: {shown(target)} is a folder without a __main__.py; give the script in it")
+        return
+    import importlib.util
+
+    try:
+        found = not target.startswith(".") and importlib.util.find_spec(target) is not None
+    except Exception as error:
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        if target and (name is None or not f"{target}.".startswith(f"{name}.")):
+            return  # a package around it cannot be imported: Python says so when it runs
+        found = False
+    if not found:
+        raise ConfigError(
+            f"mmts run -m: there is no module {shown(target)} in this environment ({sys.executable}); for a file: "
+            "mmts run SCRIPT"
+        )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import yaml
 
 from ._files import PathLike, replacing
-from .errors import ConfigError
+from ._startup import means_us
+from .errors import ConfigError, one_line, reading, shown
+from .fields import NUMBER, SWITCH, TEXT, WHOLE, Field, check_mapping
 from .presets import INFONCE, MAX_MARGIN, PRESETS
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,29 @@ THIRDS = ("head", "mid", "tail")
 """Of the training samples ranked by frequency, as logs and evaluations name them."""
 DEFAULT_OSCILLATIONS = 5.0
 SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
+
+
+_HIGHEST = 1e4  # of temperatures and margins: far above any that trains, and their sums stay exact
+_TURNS = Field(NUMBER, null=True, above=0, least=1e-6, most=1e12)  # neither a step over T nor T overflows
+FIELDS = {
+    "loss": Field(TEXT, choices=LOSSES),
+    "alpha": Field(NUMBER, least=0, most=_HIGHEST),
+    "shift_min": Field(NUMBER, least=-_HIGHEST, most=_HIGHEST),
+    "shift_max": Field(NUMBER, least=-_HIGHEST, most=_HIGHEST),
+    "clusters": Field(TEXT, null=True),
+    "preset": Field(TEXT, null=True, choices=tuple(PRESETS)),
+    "num_oscillations": _TURNS,
+    "period": _TURNS,
+    "no_schedule": Field(SWITCH),
+    "no_shifts": Field(SWITCH),
+    "missing": Field(TEXT, choices=MISSING),
+    "distribution": Field(TEXT, null=True, choices=DISTRIBUTIONS),
+    "cluster_of": Field(TEXT, null=True, choices=CLUSTER_OF),
+    "key": Field(TEXT, null=True, choices=KEYS),
+    "itm_temperature": Field(TEXT, null=True, choices=ITM_TEMPERATURES),
+    "diagnostics_every": Field(WHOLE, least=0),
+}
+"""What each field of :class:`Config` may be, as a flag, in ``mmts.yaml`` and in Python."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +83,14 @@ class Config:
     diagnostics_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "shift_min", "shift_max", "num_oscillations", "period"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ConfigError(f"{_flag(name)} is {value}: it must be a finite number")
-        if self.alpha < 0:
-            raise ConfigError(f"--mmts-alpha is {self.alpha}: it must be zero or above")
+        for name, field in FIELDS.items():
+            object.__setattr__(self, name, field.check(_flag(name), getattr(self, name)))
+        if self.loss == "mmts":
+            raise ConfigError(f"--loss is 'mmts', which each host reads as {INFONCE} or {MAX_MARGIN}: say which")
         if self.shift_min > self.shift_max:
             raise ConfigError(f"--mmts-shift-min {self.shift_min} is above --mmts-shift-max {self.shift_max}")
-        for name in ("num_oscillations", "period"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{_flag(name)} is {value}: it must be above zero")
         if (self.num_oscillations is None) == (self.period is None):
-            raise ConfigError("give either --mmts-num-oscillations or --mmts-period, not both")
-        if self.diagnostics_every < 0:
-            raise ConfigError(f"--mmts-diagnostics-every is {self.diagnostics_every}: it must be zero (off) or above")
+            raise ConfigError("give either --mmts-num-oscillations or --mmts-period, not both and not neither")
         if self.clusters is None and self.distribution is None and not self.no_shifts:
             raise ConfigError(
                 "--loss mmts needs the cluster table of the training captions: --mmts-clusters FILE "
@@ -124,7 +141,7 @@ class Config:
                 "stops at 100"
             )
         if self.preset is not None and PRESETS[self.preset].loss != self.loss:
-            found.append(f"preset {self.preset!r} was chosen for {PRESETS[self.preset].loss}, not {self.loss}")
+            found.append(f"preset {self.preset} was chosen for {PRESETS[self.preset].loss}, not {self.loss}")
         return found
 
 
@@ -227,19 +244,71 @@ def split_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         The flags given (``loss``, ``mmts_alpha``, ...; only those present), and what is left for the host.
 
     Raises:
-        ConfigError: a value of the wrong type, or a misspelt ``--mmts-*`` flag.
+        ConfigError: a value of the wrong type, a misspelt ``--mmts-*`` flag, or two losses of which one is ours.
     """
-    parser = flag_parser()
-    given, rest = parser.parse_known_args(list(argv))
-    known = [option for action in parser._actions for option in action.option_strings]
-    for argument in rest:
-        name = argument.split("=")[0]
-        if name.startswith("--mmts"):
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else f"; known: {known}")
-            )
-    return vars(given), rest
+    known = {name: action for action in flag_parser()._actions for name in action.option_strings}
+    flags: dict[str, Any] = {}
+    losses: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word == "--":  # what follows are no flags, to us as to the host
+            rest += [word, *words]
+            break
+        if name not in known:
+            if name.startswith("--mmts"):
+                close = difflib.get_close_matches(name[:80], list(known), n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+                raise ConfigError(f"unknown flag {one_line(name)}; {hint}")
+            rest.append(word)
+            continue
+        action = known[name]
+        if action.nargs == 0:
+            if equals:
+                raise ConfigError(f"{one_line(word)}: this flag takes no value")
+            flags[action.dest] = True
+            continue
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("-") and not _is_negative(value):
+                raise ConfigError(f"{name} expects a value")
+        flags[action.dest] = _value(name, action, value)
+        if name == "--loss":
+            losses.append(value)
+    if len(set(losses)) > 1 and any(map(means_us, losses)):
+        every = " and ".join(map(shown, dict.fromkeys(losses)))
+        raise ConfigError(f"--loss is given several times, as {every}; give it once")
+    return flags, rest
+
+
+def _is_negative(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return word == "-"
+    return True
+
+
+def _value(name: str, action: argparse.Action, text: str) -> Any:
+    """A flag's text as what its field is. Whether a loss is one of ours is the host's adapter to say."""
+    value: Any = text
+    if action.type in (int, float):
+        try:
+            value = action.type(text)
+        except ValueError:
+            raise ConfigError(f"{name}: invalid {action.type.__name__} value: {shown(text)}") from None
+    return Field(TEXT).check(name, value) if name == "--mmts-config" else _checked(_field(action.dest), value)
+
+
+def _field(dest: str) -> str:
+    return dest.replace("mmts_", "", 1)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of a flag; of a loss and a preset, which have messages of their own, only that it is text."""
+    field = Field(TEXT) if name in ("loss", "preset") else FIELDS[name]
+    return field.check(_flag(name), value)
 
 
 def resolve(
@@ -272,7 +341,7 @@ def merge(
         ConfigError: naming the flag or the field of the file.
     """
     values: dict[str, Any] = load_file(flags["mmts_config"]) if "mmts_config" in flags else {}
-    given = {name.replace("mmts_", "", 1): value for name, value in flags.items()}
+    given = {_field(name): value for name, value in flags.items()}
     if "period" in given and "num_oscillations" in given:
         raise ConfigError("give either --mmts-num-oscillations or --mmts-period, not both")
     for one, other in (("period", "num_oscillations"), ("num_oscillations", "period")):
@@ -280,19 +349,16 @@ def merge(
             values.pop(other, None)
     if "preset" in given and {"alpha", "shift_min", "shift_max"} & set(values):
         logger.warning("MM-TS: %s sets its own alpha and shifts; they beat --mmts-preset", flags["mmts_config"])
-    values.update({name: given[name] for name in given if name in {f.name for f in fields(Config)}})
+    values.update({name: _checked(name, value) for name, value in given.items() if name in FIELDS})
     loss = values.get("loss")
     if loss is None:
         raise ConfigError(f"--mmts-* flags are given but not --loss; choose from {', '.join(LOSSES)}")
     if loss not in LOSSES:
-        raise ConfigError(f"unknown --loss {loss!r}; choose from {', '.join(LOSSES)}")
+        raise ConfigError(f"unknown --loss {shown(loss)}; choose from {', '.join(LOSSES)}")
     values["loss"] = loss = family if loss == "mmts" else loss
     preset = values.setdefault("preset", None)
     if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"unknown --mmts-preset {preset!r}; choose from {', '.join(PRESETS)}")
-    for name in ("key", "itm_temperature"):
-        if values.get(name) is not None and name not in (defaults or {}):
-            raise ConfigError(f"{_flag(name)} is for VAST and means nothing in this host; leave it out")
+        raise ConfigError(f"unknown --mmts-preset {shown(preset)}; choose from {', '.join(PRESETS)}")
     base = PRESETS[preset or default_presets[loss]]
     if preset is None and not {"alpha", "shift_min", "shift_max"} & set(values):
         values["preset"] = default_presets[loss]
@@ -310,48 +376,29 @@ def merge(
 
 
 _ONE_HOSTS = {"distribution": "AVION", "cluster_of": "AVION", "key": "VAST", "itm_temperature": "VAST"}
-_NUMBERS = {"alpha", "shift_min", "shift_max", "num_oscillations", "period", "diagnostics_every"}
-_FLAGS = {"no_schedule", "no_shifts"}
-_CHOICES = {
-    "missing": MISSING,
-    "distribution": DISTRIBUTIONS,
-    "cluster_of": CLUSTER_OF,
-    "key": KEYS,
-    "itm_temperature": ITM_TEMPERATURES,
+RECORDED = {
+    "total_steps": Field(WHOLE, least=0),
+    "table_hash": Field(TEXT, null=True),
+    "host": Field(TEXT, empty=True),
+    "host_version": Field(TEXT, empty=True),
+    "mmts_plugins": Field(TEXT, empty=True),
 }
+"""What a record says beside the fields of :class:`Config`."""
+_NOT_COMPARED = ("clusters", "preset", "num_oscillations", "total_steps", "diagnostics_every", "mmts_plugins")
+_LARGEST_FILE = 2**16  # bytes; a record has some 600
 
 
 def load_file(path: PathLike) -> dict[str, Any]:
     """The fields of :class:`Config` that a saved ``mmts.yaml`` sets.
 
     Raises:
-        ConfigError: unreadable, or a field that does not exist or has the wrong type.
+        ConfigError: unreadable, or a field that does not exist or may not have this value.
     """
-    record = read_record(path)
-    names = {f.name for f in fields(Config)}
-    values = {}
-    for name, value in record.items():
-        if name in names:
-            if value is not None and (
-                (name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float))))
-                or (name in _FLAGS and not isinstance(value, bool))
-                or (name not in _NUMBERS | _FLAGS and not isinstance(value, str))
-            ):
-                raise ConfigError(f"{path}: field {name!r} has the wrong type: {value!r}")
-            optional = (None,) if name != "missing" else ()
-            if name in _CHOICES and value not in (*_CHOICES[name], *optional):
-                raise ConfigError(f"{path}: field {name!r} is {value!r}; choose from {', '.join(_CHOICES[name])}")
-            values[name] = value
-        elif name not in RECORDED:
-            close = difflib.get_close_matches(name, sorted(names), n=1)
-            raise ConfigError(f"{path}: unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    checked = check_mapping(path, read_record(path), {**FIELDS, **RECORDED})
+    values = {name: value for name, value in checked.items() if name in FIELDS}
     if values.get("num_oscillations") is not None:
         values.pop("period", None)  # a record holds the period that the oscillations came to in its own run
     return values
-
-
-RECORDED = ("total_steps", "table_hash", "host", "host_version", "mmts_plugins")
-_NOT_COMPARED = ("clusters", "preset", "num_oscillations", "total_steps", "diagnostics_every", "mmts_plugins")
 
 
 def record(config: Config, total_steps: int, table_hash: Optional[str], host: str, host_version: str) -> dict[str, Any]:
@@ -372,9 +419,8 @@ def record(config: Config, total_steps: int, table_hash: Optional[str], host: st
 def write_record(path: PathLike, values: dict[str, Any]) -> None:
     """Write ``mmts.yaml``, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(
-            "# written by mmts-plugins; compared on resume\n" + yaml.safe_dump(values, sort_keys=False)
-        )
+        text = "# written by mmts-plugins; compared on resume\n" + yaml.safe_dump(values, sort_keys=False)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_record(path: PathLike) -> dict[str, Any]:
@@ -383,13 +429,49 @@ def read_record(path: PathLike) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read or is not a mapping.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot read the MM-TS config: {error}") from error
+    with reading(path, "cannot read the MM-TS config", ConfigError):
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ConfigError(f"{path}: not an MM-TS config: longer than {_LARGEST_FILE} bytes")
+        values = yaml.load(content.decode("utf-8-sig"), _Loader)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not an MM-TS config (expected fields such as 'alpha: 0.04')")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as :func:`write_record` writes it: text, numbers in decimal, ``true``, ``null``, lists and mappings.
+
+    Nothing that is read as something else than it looks like (``010`` is 8 in YAML, ``1:30`` is 90), nor what grows
+    when it is read or shown (aliases), nor a second value for a name.
+    """
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it holds an alias (*{self.peek_event().anchor}); write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            seen: set[Any] = set()
+            names = [self.construct_object(name) for name, _ in node.value]
+            twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise yaml.YAMLError(f"{shown(twice)} stands there twice")
+        return values
+
+
+_DIGITS = r"[0-9]+\.[0-9]*|\.[0-9]+"
+for _tag, _pattern, _first in (
+    ("bool", "[Yy]es|YES|[Nn]o|NO|[Tt]rue|TRUE|[Ff]alse|FALSE|[Oo]n|ON|[Oo]ff|OFF", "yYnNtTfFoO"),
+    ("int", "[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", rf"[-+]?(?:(?:{_DIGITS})(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)", "-+0123456789."),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: bool, table: Any = None) -> None:
@@ -406,7 +488,7 @@ def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: boo
     else:
         saved = read_record(saved_path)
         different = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
+            f"{name} was {shown(saved.get(name))} and is {shown(value)}"
             for name, value in values.items()
             if name not in _NOT_COMPARED
             and saved.get(name) != value

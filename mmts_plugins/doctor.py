@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import MMTSError, SeamError
+from .errors import MMTSError, SeamError, cause, one_line
 
 
 def add_parser(commands: Any) -> None:
@@ -35,18 +35,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(state: str, what: str) -> None:
-    print(f"  {state:<8} {what}")
+    print(f"  {state:<8} {one_line(what)}")
 
 
 def _environment() -> int:
     print("environment")
     _line("ok", f"mmts-plugins {__version__}, Python {platform.python_version()}, {sys.executable}")
-    _line("ok", f"torch {metadata.version('torch')}")
-    startup = [
-        Path(str(found.locate()))
-        for found in metadata.files("mmts-plugins") or ()
-        if found.name in ("mmts_plugins.pth", "mmts_plugins.start")
-    ]
+    _line("ok", f"torch {_version('torch')}")
+    try:
+        files = metadata.files("mmts-plugins") or ()
+    except metadata.PackageNotFoundError:  # run from a checkout
+        files = ()
+    startup = [Path(str(found.locate())) for found in files if found.name in ("mmts_plugins.pth", "mmts_plugins.start")]
     folders = {str(path.parent) for path in startup if path.exists()}
     if not folders:
         _line("PROBLEM", "no start-up file installed: use `mmts run -m ...`, or pip install mmts-plugins again")
@@ -58,33 +58,53 @@ def _environment() -> int:
     return 0
 
 
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # built here, or of another packager
+        return str(getattr(importlib.import_module(distribution), "__version__", "of an unknown version"))
+
+
 def _hosts() -> int:
     from . import registry
 
     problems = found = 0
     for host in registry.hosts():
-        version = host.version()
-        print(f"host {host.name} ({host.distribution} {version}; known: {host.versions})")
-        if version == "not installed":
-            _line("absent", host.checkout or f"pip install 'mmts-plugins[{host.name.lower()}]'")
-            continue
-        found += 1
         try:
-            host.install()
-        except SeamError as error:
-            _line("PROBLEM", str(error))
-            problems += 1
-            continue
-        for seam in host.seams:
-            problems += _seam(host, seam)
-        unmet = host.unmet()
-        if unmet is not None or host.needs:
-            _line("PROBLEM" if unmet else "ok", unmet or f"{', '.join(host.needs)}: can be imported")
-        problems += int(unmet is not None)
+            is_here, wrong = _host(host)
+        except (Exception, SystemExit) as error:  # an adapter of somebody else keeps nobody from seeing the others
+            _line("PROBLEM", f"{host.name}: {type(error).__name__}: {cause(error)}")
+            is_here, wrong = True, 1
+        found += is_here
+        problems += wrong
     if not found:
         _line("PROBLEM", "no host is installed in this environment")
         problems += 1
-    return problems
+    broken = registry.broken()
+    if broken:
+        print("adapters of others")
+    for each in broken:
+        _line("PROBLEM", str(each))
+    return problems + len(broken)
+
+
+def _host(host: Any) -> tuple[bool, int]:
+    """Whether it is installed, and how many problems it has."""
+    version = host.version()
+    print(f"host {host.name} ({host.distribution} {version}; known: {host.versions})")
+    if version == "not installed":
+        _line("absent", host.checkout or f"pip install 'mmts-plugins[{host.name.lower()}]'")
+        return False, 0
+    try:
+        host.install()
+    except (SeamError, ImportError) as error:
+        _line("PROBLEM", str(error))
+        return True, 1
+    problems = sum(_seam(host, seam) for seam in host.seams)
+    unmet = host.unmet()
+    if unmet is not None or host.needs:
+        _line("PROBLEM" if unmet else "ok", unmet or f"{', '.join(host.needs)}: can be imported")
+    return True, problems + int(unmet is not None)
 
 
 def _seam(host: Any, seam: Any) -> int:
@@ -93,8 +113,8 @@ def _seam(host: Any, seam: Any) -> int:
     except SeamError as error:
         _line("PROBLEM", str(error))
         return 1
-    except ImportError as error:
-        _line("PROBLEM", f"{seam}: cannot be imported: {error}")
+    except (Exception, SystemExit) as error:  # a host written for other versions of its libraries fails in many ways
+        _line("PROBLEM", f"{seam}: cannot be imported: {cause(error)}")
         return 1
     state = host.status(seam)
     if state == "absent" and not seam.required:

@@ -16,7 +16,7 @@ from . import adapters
 from ._files import PathLike
 from .clusters import CAPTION, ClusterTable
 from .config import Config, merge
-from .errors import ConfigError, TableError
+from .errors import ConfigError, TableError, shown
 from .presets import MAX_MARGIN, PRESETS
 from .schedule import CosineSchedule
 
@@ -53,7 +53,7 @@ class Plan:
             ConfigError: there is no such preset.
         """
         if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {shown(name)}; choose from {', '.join(PRESETS)}")
         return cls({**PRESETS[name]._asdict(), "preset": name, **changes}, total_steps, table, name)
 
     @cached_property
@@ -175,7 +175,7 @@ def resolve_for(
         ConfigError, TableError: what would stop the run.
     """
     if host not in host_names():
-        raise ConfigError(f"--host {host!r} has no adapter; choose from {', '.join(host_names())}")
+        raise ConfigError(f"--host {shown(host)} has no adapter; choose from {', '.join(host_names())}")
     adapter = import_module(f"{adapters.__name__}.{host}")
     defaults = getattr(adapter, "DEFAULTS", {})
     config = Config(**merge(flags, adapter.FAMILY, adapter.DEFAULT_PRESETS, defaults))

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, Optional
 
 from .. import _hooks
-from ..errors import SeamError
+from ..errors import SeamError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,24 @@ class Host:
     _imports: list[str] = field(default_factory=list)
     _hooks: dict[Seam, Callable[[ModuleType], None]] = field(default_factory=dict)
     _replacements: dict[Seam, Any] = field(default_factory=dict)
+
+    def check_fields(self) -> None:
+        """Of an adapter by somebody else: that it is filled in.
+
+        Raises:
+            TypeError: naming the field that is not what it should be.
+        """
+        texts, several = (self.name, self.distribution, self.package, self.versions), (list, tuple)
+        right = {
+            "name, distribution, package, versions": all(isinstance(each, str) and each for each in texts),
+            "seams": isinstance(self.seams, several) and all(isinstance(seam, Seam) for seam in self.seams),
+            "start_modules": isinstance(self.start_modules, several)
+            and all(isinstance(each, str) for each in self.start_modules),
+            "on_import": isinstance(self.on_import, Mapping) and all(map(callable, self.on_import.values())),
+        }
+        for name, good in right.items():
+            if not good:
+                raise TypeError(f"its Host is not filled in: {name}")
 
     def version(self) -> str:
         """The version imported, else installed; ``"not installed"`` where there is none."""
@@ -185,6 +203,30 @@ class Host:
             elif current is not None and _wrapped_inside(current, str(seam)):
                 logger.warning("MM-TS: %s was wrapped by another tool after us; switched off in place", seam)
 
+    def tell_wrappers(self) -> None:
+        """Before a run builds anything: whose wrappers stand around its seams beside ours.
+
+        Raises:
+            SeamError: something else stands in the place of a seam, and does not lead to ours.
+        """
+        for seam, replacement in self._replacements.items():
+            module = sys.modules.get(seam.module)
+            current = seam.current(module)
+            if module is None or current is None or not self.owns(module):
+                continue
+            if current is replacement:
+                others = [each for each in _layers(replacement.__wrapped__)[:-1] if _is_foreign(each, seam)]
+                if others:
+                    logger.warning("MM-TS: %s is wrapped by another tool: %s", seam, _made_by(others[0]))
+            elif _wrapped_inside(current, str(seam)):
+                logger.warning("MM-TS: %s was wrapped by another tool after us: %s", seam, _made_by(current))
+            else:
+                raise SeamError(
+                    f"{self.name} {self.version()}: another tool ({_made_by(current)}) put its own in the place of "
+                    f"{seam} after mmts-plugins was armed, so the schedule might not apply; switch that tool off, or "
+                    "have it wrap with functools.wraps what it finds there"
+                )
+
     def status(self, seam: Seam) -> str:
         """One of ``installed``, ``armed`` (module not imported yet), ``absent``, ``not armed``."""
         module = sys.modules.get(seam.module)
@@ -209,14 +251,21 @@ class Host:
                 f"{self.name} {self.version()}: {seam} is gone; this mmts-plugins knows {self.distribution} "
                 f"{self.versions}. Train without --loss mmts, or install a version it knows"
             )
-        known = inspect.signature(original).parameters
+        try:
+            known = inspect.signature(original).parameters
+        except (TypeError, ValueError):  # no function at all, or one written in C
+            raise SeamError(
+                f"{self.name} {self.version()}: {seam} has changed: it is {shown(original)}, no function whose "
+                f"parameters can be seen; this mmts-plugins knows {self.distribution} {self.versions}"
+            ) from None
         lacking = [name for name in seam.parameters if name not in known]
         if lacking:
             raise SeamError(
                 f"{self.name} {self.version()}: {seam} has changed: no parameter {lacking[0]!r} in "
                 f"({', '.join(known)}); this mmts-plugins knows {self.distribution} {self.versions}"
             )
-        unused = set(seam.uses) - set(inspect.unwrap(original).__code__.co_names)
+        code = getattr(inspect.unwrap(original), "__code__", None)
+        unused = set(seam.uses) - set(code.co_names if code is not None else ())
         if unused:
             raise SeamError(
                 f"{self.name} {self.version()}: {seam} has changed: it does not use {min(unused)!r}, so the schedule "
@@ -264,17 +313,39 @@ def _commit(root: Path) -> str:
         head = (root / ".git" / "HEAD").read_text().strip()
         if head.startswith("ref: "):
             head = (root / ".git" / head[len("ref: ") :]).read_text().strip()
-    except OSError:  # no repository, or packed references
+    except (OSError, UnicodeDecodeError):  # no repository, or packed references
         return "checkout"
     return f"checkout {head[:7]}"
 
 
+def _layers(function: Any) -> list[Any]:
+    """A function and what it wraps, outermost first."""
+    layers = [function]
+    while getattr(layers[-1], "__wrapped__", None) is not None and len(layers) < 100:
+        layers.append(layers[-1].__wrapped__)
+    return layers
+
+
+def _home(function: Any) -> str:
+    """The module whose code this is, which is not what ``functools.wraps`` says."""
+    wrapper = getattr(function, "_self_wrapper", function)  # wrapt's proxies
+    names = getattr(wrapper, "__globals__", None)
+    return str(type(wrapper).__module__ if names is None else names.get("__name__"))
+
+
+def _made_by(function: Any) -> str:
+    code = getattr(getattr(function, "_self_wrapper", function), "__code__", None)
+    return _home(function) + (f", {code.co_filename}:{code.co_firstlineno}" if code is not None else "")
+
+
+def _is_foreign(function: Any, seam: Seam) -> bool:
+    """Not the host's own decorators, nor those of torch and the standard library that it uses."""
+    own = (seam.module.split(".")[0], "mmts_plugins", "torch", "functools", "contextlib")
+    return _home(function).split(".")[0] not in own
+
+
 def _wrapped_inside(function: Any, marker: str) -> bool:
-    while function is not None:
-        if getattr(function, "_mmts_seam", None) == marker:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
+    return any(getattr(layer, "_mmts_seam", None) == marker for layer in _layers(function))
 
 
 def _holders(original: Any, attribute: str) -> list[str]:

@@ -117,6 +117,7 @@ def _get_args_parser(original: Callable[..., Any]) -> Any:
 def _init_distributed_mode(original: Callable[..., Any], args: Any) -> Any:
     result = original(args)
     if _run is not None:
+        HOST.tell_wrappers()
         _run.begin(args)
     return result
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
+from .._startup import swallowed
 from ..config import LOSSES, flag_parser, split_flags
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..registry import hookimpl
 from ._target import Host, Seam
 
@@ -35,10 +36,12 @@ _run: Optional[Run] = None
 def _parse_args(original: Callable[..., Any], args: Any) -> Any:
     global _run
     _run = None
-    flags, rest = split_flags(args)
-    for argument in rest:
-        if argument == "--los" or argument.startswith("--los="):
-            raise ConfigError("--los is ambiguous: write --loss for MM-TS, or --loss-dist-impl for OpenCLIP's own")
+    flags, rest = split_flags(sys.argv[1:] if args is None else args)
+    found = swallowed(rest)
+    if found is not None:
+        raise ConfigError(
+            f"{found}: OpenCLIP would take this for its own --loss-dist-impl, which changes nothing; write --loss"
+        )
     if "-h" in rest or "--help" in rest:
         try:
             return original(rest)
@@ -48,12 +51,13 @@ def _parse_args(original: Callable[..., Any], args: Any) -> Any:
         return original(args)
     if flags.get("loss") is not None and flags["loss"] not in LOSSES:
         raise ConfigError(
-            f"unknown --loss {flags['loss']!r}; choose from {', '.join(LOSSES)} "
+            f"unknown --loss {shown(flags['loss'])}; choose from {', '.join(LOSSES)} "
             "(OpenCLIP's own flag is spelt --loss-dist-impl)"
         )
     parsed = original(rest)
     from ..adapters.openclip import Run
 
+    HOST.tell_wrappers()
     _run = Run(flags, parsed)
     _run.host_version = HOST.version()
     return parsed

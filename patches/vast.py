@@ -54,6 +54,7 @@ def _get_args(name: str, original: Callable[[], Any]) -> Any:
     unmet = host.unmet()
     if unmet is not None:
         raise ConfigError(f"{name}: {unmet}")
+    host.tell_wrappers()
     sys.argv[1:] = rest
     args = original()
     _run = run

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
-from ..errors import ConfigError, MMTSError, TableError
+from ..errors import ConfigError, MMTSError, TableError, cause
 from ..presets import MAX_MARGIN, PRESETS
 from . import command
 
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         try:
             with replacing(args.output) as temporary:
-                Path(temporary).write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+                Path(temporary).write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as error:
-            raise MMTSError(f"{args.output}: cannot be written: {error} (-o/--output)") from error
+            raise MMTSError(f"{args.output}: cannot be written: {cause(error)} (-o/--output)") from error
     return 0
 
 
