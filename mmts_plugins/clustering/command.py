@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from .. import __version__
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +81,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 INPUT = ("data", "train_data", "column", "label_column", "keep_blank")
 ENCODING = ("encoder", "batch_size", "no_cache", "images", "image_root", "frames")
+_MOST = 2**31 - 1  # of a number given by a flag: seeds beyond it are not all packages'
 _DENSITY = ("radius", "neighbours", "references")
 RECIPE = ("estimator", "clusters", "runs", "seed", "threads", "algorithm", "fit_rows", *_DENSITY)
 
@@ -119,16 +120,17 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     """The flags that say where the captions are."""
     add = parser.add_argument_group("input").add_argument
     add("data", nargs="?", metavar="DATA",
-        help="file with the captions of the training set; for WebDataset a path, a quoted brace pattern or several "
-        "joined with '::', as OpenCLIP's --train-data")  # fmt: skip
+        help="file with the captions of the training set; for Parquet also a folder or a quoted glob pattern, for "
+        "WebDataset a path, a quoted brace pattern or several joined with '::' (OpenCLIP's --train-data)")  # fmt: skip
     add("--train-data", metavar="DATA", help="the same, under OpenCLIP's name")
     add("--format", "--dataset-type", default="auto", choices=("auto", "csv", "text", "json", "parquet", "webdataset"),
         help="default: by the extension (.csv .tsv .txt .json .jsonl .parquet .tar)")  # fmt: skip
     add("--column", "--csv-caption-key", metavar="NAME",
         help="column of the captions; default: title (CSV), desc or caption (JSON), "
-        "title, caption, text or desc (Parquet)")  # fmt: skip
-    add("--separator", "--csv-separator", default="\\t", metavar="CHAR",
-        help="of a CSV; default: tab, also for .csv, as in OpenCLIP")  # fmt: skip
+        "title, caption, text or desc (Parquet); of WebDataset the suffix of the captions; default: txt")  # fmt: skip
+    add("--separator", "--csv-separator", default="\t", metavar="CHAR",
+        help="of a CSV, handed to pandas as OpenCLIP does; default: tab, also for .csv; of several characters (also "
+        "'\\t' as two) it is a regular expression, and quotes stay in the captions")  # fmt: skip
     add("--no-header", action="store_true", help="the CSV has no header: --column 0 is its first column")
     add("--keep-blank", action="store_true", default=None,
         help="keep samples whose caption is blank, as one caption, instead of stopping")  # fmt: skip
@@ -163,7 +165,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add("-k", "--clusters", type=_positive, metavar="K", help=f"default: {_DEFAULTS['clusters']}, as the paper")
     add("--runs", type=_positive, metavar="R",
         help=f"average over R seeds; default: {_DEFAULTS['runs']} (the paper: 1)")  # fmt: skip
-    add("--seed", type=int, metavar="S", help=f"of the first run; default: {_DEFAULTS['seed']}")
+    add("--seed", type=_seed, metavar="S", help=f"of the first run; default: {_DEFAULTS['seed']}")
     add("--algorithm", choices=("sample", "lloyd", "sklearn", "faiss"),
         help="of K-Means; sample (default): fitted on a weighted sample, then one pass over all; lloyd: all captions "
         "in every iteration; sklearn, faiss: those packages")  # fmt: skip
@@ -200,11 +202,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_on_ray(args: argparse.Namespace) -> int:
     from . import encoders, ray_engine
+    from .sources import failed_downloads
     from .stages import Job
 
     source, recipe = source_of(args), recipe_of(args)
     if source.resolved_format() not in ("webdataset", "parquet"):
         _say(f"warning: {source.data}: only Parquet and WebDataset are read in parallel and in bounded memory")
+    failed = failed_downloads(source)
+    if failed:
+        _say(f"warning: {failed}")
     job = Job(f"{args.output.rstrip('/')}.work", source, args.encoder, args.batch_size, args.device, not args.no_cache,
               bool(args.keep_blank), recipe)  # fmt: skip
     info = _info("k-means", source.data, packages=("ray", "torch", *encoders.packages(args.encoder)),
@@ -242,8 +248,7 @@ def source_of(args: argparse.Namespace) -> Source:
     """What the input flags name."""
     from .sources import Source
 
-    separator = args.separator.replace("\\t", "\t")
-    return Source(args.train_data or args.data, args.format, args.column, separator, not args.no_header)
+    return Source(args.train_data or args.data, args.format, args.column, args.separator, not args.no_header)
 
 
 def _from_labels(args: argparse.Namespace, source: Source) -> tuple[ClusterTable, list[str]]:
@@ -455,9 +460,17 @@ def _name(data: str) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    value = int(text) if len(text) < 20 else -1
+    if not least <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {_MOST}")
     return value
 
 

@@ -113,11 +113,16 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             "disjoint seeds",
             f"rank correlation {measured['spearman_disjoint_seeds']:.3f} between this recipe and itself",
         ),
-        ("halves of the data", f"rank correlation {measured['spearman_data_halves']:.3f}"),
         (_what(args.preset), _moved(measured["moved_seeds"], "with other seeds")),
-        ("", _moved(measured["moved_data_halves"], "between halves of the data")),
-        ("verdict", measured["verdict"]),
     ]
+    if measured["moved_data_halves"] is None:
+        facts.append(("halves of the data", "not measured: too few captions in either half for as many clusters"))
+    else:
+        facts += [
+            ("halves of the data", f"rank correlation {measured['spearman_data_halves']:.3f}"),
+            ("", _moved(measured["moved_data_halves"], "between halves of the data")),
+        ]
+    facts.append(("verdict", measured["verdict"]))
     return measured, [f"{name:<20} {value}" for name, value in facts]
 
 
