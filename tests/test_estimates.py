@@ -307,7 +307,7 @@ def test_images_and_frames_instead_of_captions(tmp_path: Path) -> None:
     (tmp_path / "3.png").write_bytes(b"no picture")
     assert "3.png: cannot be read as an image" in refused(tsv, "--encoder", encoder, *flags, "--force")
     (tmp_path / "3.png").unlink()
-    assert "sample 4: no image" in refused(tsv, "--encoder", encoder, *flags, "--force")
+    assert "image 4: no file" in refused(tsv, "--encoder", encoder, *flags, "--force")
 
 
 # --- what goes wrong

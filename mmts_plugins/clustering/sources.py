@@ -50,6 +50,7 @@ _EMPTY_CELL = "nan"  # str() of what pandas makes of it, and so what OpenCLIP tr
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # two letters at least: C:\ is a drive
 _LARGEST = 1e12  # of an embedding: squares, summed over a set of any size, stay far from float32's end
 _MANY_FIELDS = 20  # an object of more texts is no record
+_DEEPEST = 6  # levels of a document that are looked at
 _TEXT_FIELDS = ("caption", "captions", "sentence", "sentences", "raw", "desc", "description", "text", "comment")
 _TABLE_LINES = 0.9  # of a text file's lines that look like rows of a table: then they are no captions
 _NAMED_LINE = re.compile(
@@ -354,28 +355,29 @@ def _refuse_whole(path: str, text: str) -> None:
     )
 
 
-def _caption_path(value: Any, path: str = "", depth: int = 0) -> Optional[str]:
+def _caption_path(value: Any, path: str = "", named: bool = False, depth: int = 0) -> Optional[str]:
     """Where captions stand in a document, as a path of jq: below a field of a usual name, and many of them."""
     if isinstance(value, str):
-        return path if "[]" in path else None
-    if isinstance(value, list):
-        return _caption_path(value[0], (path or ".") + "[]", depth + 1) if value and depth < 6 else None
-    if not isinstance(value, dict) or depth >= 6:
+        return path if named and "[]" in path else None
+    if not value or not isinstance(value, (dict, list)) or depth == _DEEPEST:
         return None
+    if isinstance(value, list):
+        return _caption_path(value[0], (path or ".") + "[]", named, depth + 1)
     if isinstance(value.get("split"), str) and path:
         path += ' | select(.split == "train") | '
     for name in _TEXT_FIELDS:
-        if name in value and (found := _caption_path(value[name], f"{path}.{name}", depth + 1)):
+        if name in value and (found := _caption_path(value[name], f"{path}.{name}", True, depth + 1)):
             return found
-    inner = [(name, each) for name, each in value.items() if isinstance(each, (dict, list))]
-    if inner and len(inner) == len(value) and all(
-        isinstance(each, dict) and each.keys() == cast("Any", inner[0][1]).keys() for _, each in inner
-        if isinstance(inner[0][1], dict)
-    ) and isinstance(inner[0][1], dict) and len(value) > 1:  # fmt: skip
-        return _caption_path(inner[0][1], (path or ".") + "[]", depth + 1)
-    for name, each in inner:
+    one = next(iter(value))
+    if (
+        len(value) > 1
+        and isinstance(value[one], dict)
+        and all(isinstance(each, dict) and each.keys() & value[one].keys() for each in value.values())
+    ):
+        return _caption_path(value[one], (path or ".") + "[]", named, depth + 1)  # records by their ids
+    for name, each in value.items():
         step = name if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) else json.dumps(name)
-        if found := _caption_path(each, f"{path}.{step}", depth + 1):
+        if found := _caption_path(each, f"{path}.{step}", named, depth + 1):
             return found
     return None
 
