@@ -20,7 +20,7 @@ from typing import Optional
 import numpy as np
 import pytest
 
-from mmts_plugins.clustering import build, kmeans
+from mmts_plugins.clustering import build, kmeans, sources
 from mmts_plugins.clustering.command import add_parser
 from mmts_plugins.clustering.rows import Rows
 from mmts_plugins.clustering.sources import (
@@ -121,6 +121,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::pandas.errors.ParserWarning")  # of the host's own call
 @pytest.mark.parametrize("separator", ["\t", "\\t", ",", ";", "\\|", "::", "[,;]", " "])
 def test_csv_equals_what_openclip_itself_reads(tmp_path: Path, separator: str) -> None:
     data = pytest.importorskip("open_clip_train.data")
@@ -217,6 +218,8 @@ def test_lines_of_a_table_are_not_captions(
     # Captions that name an image or hold a tab now and then are captions.
     mixed = write(tmp_path / "mixed.txt", text + "a dog\n" * 20)
     assert len(read_samples(Source(str(mixed))).captions) == text.count("\n") + 20
+    two = write(tmp_path / "two.txt", "a kite\na\tboat\n")
+    assert read_samples(Source(str(two))).captions == ["a kite", "a\tboat"]
 
 
 def test_csv_without_a_header_goes_by_position(tmp_path: Path) -> None:
@@ -290,6 +293,9 @@ def test_one_record_alone_is_a_record(tmp_path: Path) -> None:
     assert read_samples(Source(str(write(tmp_path / "a.json", '{"caption": ["x", "y"]}')))).captions == ["x", "y"]
     with pytest.raises(MMTSError, match="no column 'desc' or 'caption'; found: 'title'"):
         read_samples(Source(str(write(tmp_path / "b.json", '{"title": "x"}\n'))))
+    named = tmp_path / "c.parquet"
+    pd.DataFrame({"": ["x"]}).to_parquet(named)
+    assert both_engines(Source(str(named), column="")) == ["x"]
 
 
 def test_compressed_text_and_json_are_read(tmp_path: Path) -> None:
@@ -430,6 +436,20 @@ def test_downloads_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
     assert failed_downloads(Source(str(path))) is None
 
 
+def test_units_of_parquet_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_UNIT", 5)
+    monkeypatch.setattr(sources, "_BATCH", 3)
+    texts = [f"caption {number}" for number in range(17)]
+    pd.DataFrame({"caption": texts}).to_parquet(tmp_path / "a.parquet", row_group_size=2)
+    source = Source(str(tmp_path / "a.parquet"))
+    assert units(source) == [f"{source.data}#{first}-{last}" for first, last in ((0, 2), (3, 5), (6, 8))]
+    assert both_engines(source) == texts
+    both = [((f"{number}.jpg", b""), (f"{number}.txt", text.encode())) for number, text in enumerate(texts)]
+    tar = make_tar(tmp_path / "0.tar", [member for sample in both for member in sample])
+    assert [len(batch) for batch in caption_batches(Source(str(tar)), str(tar))] == [3, 3, 3, 3, 3, 2]
+    assert both_engines(Source(str(tar))) == texts
+
+
 WEBDATASET = [
     ("__meta__/x.txt", b"no"),
     ("d/0.jpg", b"\xff" * 3000),
@@ -473,6 +493,15 @@ def test_webdataset_agrees_with_openclip_itself(tmp_path: Path) -> None:
     assert ours.notes[1].endswith("1 captions are not UTF-8 and are left out, as OpenCLIP does")
 
 
+def test_webdataset_keeps_every_kind_of_image_that_openclip_keeps(tmp_path: Path) -> None:
+    keeps = pytest.importorskip("open_clip_train.data").filter_no_caption_or_no_image
+    kinds = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "mp4", "json", "JPEG", "tiff"]
+    members = [(f"{kind}.{suffix}", kind.encode()) for kind in kinds for suffix in (kind, "txt")]
+    kept = [kind for kind in kinds if keeps({"txt": b"", kind.lower(): b""})]
+    assert kept == ["png", "jpg", "jpeg", "webp", "JPEG"]
+    assert read_samples(Source(str(make_tar(tmp_path / "0.tar", members)))).captions == kept
+
+
 def test_captions_of_another_suffix_in_a_tar(tmp_path: Path) -> None:
     members = [
         (f"{number}.{suffix}", f"{suffix} {number}".encode())
@@ -490,6 +519,8 @@ def test_captions_of_another_suffix_in_a_tar(tmp_path: Path) -> None:
         "1 samples without a .outputs.txt are left out"
         in read_samples(Source(str(path), column="outputs.txt")).notes[0]
     )
+    with pytest.raises(MMTSError, match=r"--column 0\.json: a \.json holds fields"):
+        read_samples(Source(str(path), column="0.json"))
     with pytest.raises(MMTSError, match=r"none of 4 samples has a \.caption"):
         read_samples(Source(str(path), column="caption"))
 
@@ -599,6 +630,8 @@ def test_class_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", "class_id,count\n6_0,3\n007,2\nNA,5\nnone,0\n")
     ids, counts, notes = read_class_counts(str(path))
     assert (ids, counts.tolist(), len(notes)) == (["6_0", "007", "NA"], [3, 2, 5], 1)
+    path = write(tmp_path / "zeros.csv", f"class_id,count\n1,{'0' * 30}7\n2,{2**53 - 7}\n")
+    assert read_class_counts(str(path))[1].tolist() == [7, 2**53 - 7]
     for text, message in (
         ("class,count\n1,2\n", "no column 'class_id'"),
         ("class_id,count\n1,x\n", "line 2: .*'x'"),

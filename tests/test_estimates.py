@@ -212,6 +212,10 @@ def test_measures_equal_those_of_scipy_and_scikit_learn() -> None:
     assert stability.spearman(a + 0.5, b * 2.0, count) == pytest.approx(stats.spearmanr(long_a, long_b)[0])
     assert stability.adjusted_rand_index(a, b, count) == pytest.approx(metrics.adjusted_rand_score(long_a, long_b))
     assert stability.adjusted_rand_index(a, a, count) == 1
+    far = np.array([0, 2**31 - 1, 5])[a % 3]  # no table of all numbers below
+    assert stability.adjusted_rand_index(far, b, count) == pytest.approx(
+        metrics.adjusted_rand_score(long_a % 3, long_b)
+    )
 
 
 def test_more_runs_are_steadier_and_the_forecast_holds() -> None:
@@ -257,6 +261,21 @@ def test_what_more_runs_would_give_is_spearman_browns() -> None:
     against = of_densities([1, 2, 3, 4], [4, 3, 2, 1])
     assert (against["spearman_between_halves"], against["spearman_expected"]) == (-1, -1)
     assert against["verdict"].startswith("noisy")
+
+
+def test_the_runs_of_a_table_are_compared_in_pairs() -> None:
+    labels = np.array([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2]])
+    weight = np.array([1.0, 2, 3, 4, 5, 6])
+    sizes = np.stack([np.bincount(row, weights=weight, minlength=3) for row in labels])
+    done = kmeans.Clustering(labels, sizes, np.zeros(3))
+    measured = stability.of_runs(Estimate(done.cluster, done), weight, Recipe(clusters=3, runs=3))
+    samples = np.repeat(np.arange(6), weight.astype(int))
+    metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    ari = np.mean([metrics.adjusted_rand_score(labels[i][samples], labels[j][samples]) for i, j in pairs])
+    frequency = [sizes[run][labels[run]][samples] for run in range(3)]
+    rank = np.mean([stats.spearmanr(frequency[i], frequency[j])[0] for i, j in pairs])
+    assert (measured["ari"], measured["spearman_between_seeds"]) == (round(ari, 4), round(rank, 4))
 
 
 def test_equal_frequencies_are_neither_steady_nor_noisy() -> None:
@@ -353,6 +372,9 @@ def test_tables_are_compared_by_caption(tsv: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert main(["stability", "--tables", a, c]) == 2
     assert "not of the same captions" in capsys.readouterr().err
+    ClusterTable.build(["other"], [0], [1.0], info={"stability": ["x"]}).save(tmp_path / "d.parquet")
+    assert main(["stability", "--tables", str(tmp_path / "d.parquet")]) == 2
+    assert "its stability is ['x'], not a mapping" in capsys.readouterr().err
     assert main(["stability", "--tables", c]) == 2
     assert "was not measured" in capsys.readouterr().err
     assert main(["stability", "--tables", a, "--runs", "3"]) == 2
@@ -474,6 +496,13 @@ def test_an_encoder_that_gives_nonsense_is_refused(gives: Callable[[int], Any], 
         encoder.encode(["a dog", "a cat"])
     encoder._model = lambda captions, progress: np.arange(4.0).reshape(2, 2)
     assert encoder.encode(["a dog", "a cat"]).tolist() == [[0, 1], [2, 3]]
+
+
+def test_an_encoder_that_changes_its_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "PART", 2)
+    widths = iter([3, 4])
+    with pytest.raises(MMTSError, match="part 1 of the embeddings has 4 dimensions, part 0 has 3"):
+        cache.embed(lambda texts: np.ones((len(texts), next(widths))), None, ["a", "b", "c"], "x")
 
 
 def test_out_of_memory_names_the_batch_size() -> None:

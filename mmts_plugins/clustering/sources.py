@@ -93,7 +93,8 @@ class Source:
         if os.path.isdir(first):
             if _parquet_below(first):
                 return "parquet"
-            names = sorted(os.listdir(first))
+            with reading(first, "cannot be read"):
+                names = sorted(os.listdir(first))
             raise ConfigError(
                 f"{self.data}: a folder without *.parquet files (it holds {_listed(names) or 'nothing'}); name the "
                 "file of the captions, or quote a brace pattern of tars: 'FOLDER/{00000..00009}.tar'"
@@ -129,6 +130,8 @@ def read_samples(source: Source, labels: Sequence[str] = (), captions: bool = Tr
         MMTSError: the file is missing or damaged.
     """
     kind = source.resolved_format()
+    if kind == "webdataset" and (source.column or "").lower().endswith("json"):
+        raise ConfigError(f"{source.data}: --column {source.column}: a .json holds fields, not a caption by itself")
     if labels and kind in ("text", "webdataset"):
         raise ConfigError(f"{source.data}: {source.label_flag} needs named columns (CSV, JSON or Parquet), not {kind}")
     if kind == "webdataset":
@@ -210,7 +213,7 @@ def _read_csv(source: Source, labels: Sequence[str], captions: bool) -> Samples:
     for label in labels:
         _require(source, label, names, source.label_flag, hint)
     texts: list[str] = []
-    if column:
+    if column is not None:
         values = frame[columns[names.index(column)]]
         empty = int(values.isna().sum())
         if empty:
@@ -326,7 +329,7 @@ def _json_records(source: Source, repeated: list[int]) -> Iterator[tuple[str, An
                 f"{source.data}: line {number} is not JSON ({cause(error)}); expected a list of objects, or one object "
                 "per line"
             ) from error
-        if number == 1 and isinstance(record, dict) and len(line) == len(text):
+        if 2 * len(line) > len(text) and isinstance(record, dict) and line.strip() == text.strip():
             usual = _DEFAULT_COLUMNS["json"] if source.column is None else (source.column,)
             if not any(name in record for name in usual):
                 _refuse_whole(source.data, text)
@@ -476,12 +479,12 @@ def _parquet_batches(
         for label in labels:
             _require(replace(source, data=path), label, schema.names, source.label_flag)
         report = "status" in schema.names and "url" in schema.names and _is_text(schema.field("status").type)
-        wanted = [*([column] if column else []), *labels, *(["status"] if report else [])]
+        wanted = [*([] if column is None else [column]), *labels, *(["status"] if report else [])]
         for batch in file.iter_batches(_BATCH, row_groups=groups, columns=list(dict.fromkeys(wanted))):
             rows = len(batch)
             if report:
                 batch = batch.filter(pc.equal(batch.column("status").cast(pa.string()), "success"))
-            left_out, cells = rows - len(batch), batch.column(column) if column else None
+            left_out, cells = rows - len(batch), None if column is None else batch.column(column)
             if cells is not None and (pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)):
                 batch, cells = batch.take(pc.list_parent_indices(cells)), pc.list_flatten(cells)
             yield _Batch(
@@ -564,12 +567,15 @@ def _read_text(source: Source, labels: Sequence[str], captions: bool) -> Samples
 def _refuse_table(path: str, lines: Sequence[str]) -> None:
     """Raise a ConfigError where nearly every line is a row of a table: an image's name and its caption, or a tab."""
     named = [match[1] if (match := _NAMED_LINE.match(line)) else "\t" * ("\t" in line) for line in lines]
-    rows = sum(map(bool, named))
-    if not rows or rows < _TABLE_LINES * sum(bool(line.strip()) for line in lines) - 1:  # but for a header
+    rows = len(named) - named.count("")
+    if not rows:
         return
     separator = Counter(filter(None, named)).most_common(1)[0][0]
     first = next(number for number, each in enumerate(named) if each)
-    header = not _NAMED_LINE.match(lines[0]) and separator in lines[0] and any(map(_NAMED_LINE.match, lines))
+    images = sum(map(bool, map(_NAMED_LINE.match, lines)))
+    header = separator in lines[0] and not _NAMED_LINE.match(lines[0]) and images > 0
+    if rows < _TABLE_LINES * (sum(bool(line.strip()) for line in lines) - (header and not named[0])):
+        return
     column = lines[0].split(separator)[-1] if header else str(lines[first].count(separator))
     # Of two characters, so that quotes inside captions stay.
     flag = {"\t": "'\\t'", "|": "'\\|'", ",": ","}[separator]

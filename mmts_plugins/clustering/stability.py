@@ -56,14 +56,14 @@ def _pearson(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
 
 def adjusted_rand_index(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
     """ARI of two clusterings (Hubert and Arabie 1985), each row counted ``weight`` times: 1 the same, 0 by chance."""
-    columns = int(b.max()) + 1
-    table = np.bincount(a.astype(np.int64) * columns + b, weights=weight, minlength=(int(a.max()) + 1) * columns)
-    table = table.reshape(-1, columns)
+    a, b = (np.unique(labels, return_inverse=True)[1].astype(np.int64) for labels in (a, b))
 
-    def pairs(counts: np.ndarray) -> float:
+    def pairs(labels: np.ndarray) -> float:
+        counts = np.bincount(labels, weights=weight)
         return float((counts * (counts - 1) / 2).sum())
 
-    both, first, second, every = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), pairs(table.sum(keepdims=True))
+    cells = np.unique(a * len(a) + b, return_inverse=True)[1]
+    both, first, second, every = pairs(cells), pairs(a), pairs(b), pairs(np.zeros_like(a))
     if every == 0:  # a single sample
         return 1.0
     expected = first * second / every
