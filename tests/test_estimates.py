@@ -257,6 +257,12 @@ def test_what_more_runs_would_give_is_spearman_browns() -> None:
     between = three["spearman_between_halves"]
     assert 0.8 < between < 1
     assert three["spearman_expected"] == pytest.approx(3 * between / (1 + 2 * between), abs=1e-4)
+    draw = np.random.default_rng(0)
+    for runs, factor in ((4, 2), (5, 2.5), (9, 2.25)):
+        many = of_densities(*(list(np.arange(9) + 2 * draw.normal(size=9)) for _ in range(runs)))
+        between = many["spearman_between_halves"]
+        assert 0.5 < between < 1
+        assert many["spearman_expected"] == pytest.approx(factor * between / (1 + (factor - 1) * between), abs=1e-4)
     # Runs that contradict each other: no division by zero, and no forecast above what was seen.
     against = of_densities([1, 2, 3, 4], [4, 3, 2, 1])
     assert (against["spearman_between_halves"], against["spearman_expected"]) == (-1, -1)
@@ -603,12 +609,12 @@ def test_frames_are_evenly_spaced_and_their_mean_is_the_embedding(tmp_path: Path
     many = frames_of(tmp_path / "many", [0, 10, 20, 30, 40, 50, 60])
     few = frames_of(tmp_path / "few", [100, 104])
     image = f"{few}/01.png"
-    encoder = Pixels(frames=3)
+    encoder = Pixels(frames=3, batch_size=4)
     stamps = images.stamped([many, few, image], None, "x")
     vectors = encoder.encode(stamps)
     # Of seven frames the first, the middle and the last; of two both; a file is itself.
     assert vectors.tolist() == [[30, 0, 225], [102, 0, 153], [104, 0, 151]]
-    assert encoder.asked == [3, 3]  # in batches over the borders of folders
+    assert encoder.asked == [4, 2]  # in batches over the borders of folders
     assert Pixels(frames=1).encode(stamps)[:, 0].tolist() == [0, 100, 104]
 
 
