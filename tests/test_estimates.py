@@ -325,6 +325,29 @@ def test_one_caption_makes_a_table_and_a_verdict(
     assert ("halves of the data   not measured" in shown) == (len(texts) == 1)
 
 
+def test_what_is_odd_is_said_before_the_work_by_both_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.tsv", 'title\n"a kite\na boat"\na dog\na cat\n')
+
+    def stop(*_: object, **__: object) -> None:
+        raise MMTSError("stopped before embedding")
+
+    monkeypatch.setattr(encoders.TextEncoder, "encode", stop)
+    for command in (["cluster", "-o", str(tmp_path / "t.parquet")], ["stability"]):
+        assert main([command[0], str(source), "--encoder", "hashing", "-k", "1", *command[1:]]) == 2
+        said = capsys.readouterr().err
+        assert f"warning: {source}: 1 cells hold line breaks: a stray quote?" in said
+        assert said.index("stray quote") < said.index("stopped before embedding")
+
+
+def test_a_package_without_metadata_does_not_cost_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "packages", lambda encoder: ("no-such-package",))
+    source = write(tmp_path / "a.txt", "a dog\na cat\n")
+    assert cluster(source, "--encoder", "hashing", "-k", 2, "-o", tmp_path / "t.parquet") == 0
+    assert ClusterTable.load(tmp_path / "t.parquet").info["versions"]["no-such-package"] is None
+
+
 def test_how_far_a_temperature_moves() -> None:
     a, b = np.array([1.0, 2.0, 3.0, 1.0]), np.array([1.0, 3.0, 2.0, 1.0])
     gap = stability.moved(a, b, np.array([1.0, 1.0, 1.0, 7.0]), 0.1, 0.3)
@@ -772,8 +795,8 @@ def test_the_parts_of_a_stage_that_are_damaged_are_named(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--seed", "-1"), ("--seed", "4294967296"), ("--seed", "9" * 5000), ("-k", "0"), ("--runs", "9" * 20),
-     ("--threads", "x")],
+    [("--seed", "-1"), ("--seed", "4294967296"), ("--seed", "9" * 5000), ("-k", "0"), ("--runs", "10001"),
+     ("--threads", "x"), ("--threads", "1025"), ("-k", "1_0"), ("-k", "\u0663")],
 )  # fmt: skip
 def test_numbers_that_no_package_takes_are_refused_at_once(
     tsv: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from .. import __version__
-from ..errors import ConfigError, MMTSError, shown
+from ..errors import ConfigError, MMTSError, one_line, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,7 +164,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="kmeans: the size of the caption's cluster (default, as the paper); radius: samples within a cosine "
         "radius; knn: nearness of the nearest samples")  # fmt: skip
     add("-k", "--clusters", type=_positive, metavar="K", help=f"default: {_DEFAULTS['clusters']}, as the paper")
-    add("--runs", type=_positive, metavar="R",
+    add("--runs", type=_runs, metavar="R",
         help=f"average over R seeds; default: {_DEFAULTS['runs']} (the paper: 1)")  # fmt: skip
     add("--seed", type=_seed, metavar="S", help=f"of the first run; default: {_DEFAULTS['seed']}")
     add("--algorithm", choices=("sample", "lloyd", "sklearn", "faiss"),
@@ -176,7 +177,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--neighbours", type=_positive, metavar="N", help=f"of --estimator knn; default: {_DEFAULTS['neighbours']}")
     add("--references", type=_positive, metavar="N",
         help=f"a density compares with at most N captions; default: {_DEFAULTS['references']}")  # fmt: skip
-    add("--threads", type=_positive, metavar="N",
+    add("--threads", type=_threads, metavar="N",
         help=f"default: {_DEFAULTS['threads']}; another number may round otherwise and give another table")  # fmt: skip
 
 
@@ -187,11 +188,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.engine == "ray":
             return _run_on_ray(with_defaults(args))
-        table, notes = _make(with_defaults(args))
+        table = _make(with_defaults(args))
     except ImportError as error:
-        raise MMTSError(f"mmts cluster needs {error.name}: pip install 'mmts-plugins[cluster]'") from error
-    for note in notes:
-        _say(f"warning: {note}")
+        raise MMTSError(f"mmts cluster needs {error.name or error}: pip install 'mmts-plugins[cluster]'") from error
     table.save(args.output)
 
     from .summary import summarise
@@ -207,10 +206,9 @@ def _run_on_ray(args: argparse.Namespace) -> int:
 
     source, recipe = source_of(args), recipe_of(args)
     if source.resolved_format() not in ("webdataset", "parquet"):
-        _say(f"warning: {source.data}: only Parquet and WebDataset are read in parallel and in bounded memory")
+        warn([f"{source.data}: only Parquet and WebDataset are read in parallel and in bounded memory"])
     failed = failed_downloads(source)
-    if failed:
-        _say(f"warning: {failed}")
+    warn([failed] if failed else [])
     job = Job(f"{args.output.rstrip('/')}.work", source, args.encoder, args.batch_size, args.device, not args.no_cache,
               bool(args.keep_blank), recipe)  # fmt: skip
     info = _info("k-means", source.data, packages=("ray", "torch", *encoders.packages(args.encoder)),
@@ -226,22 +224,23 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **_DEFAULTS, **given})
 
 
-def _make(args: argparse.Namespace) -> tuple[ClusterTable, list[str]]:
+def _make(args: argparse.Namespace) -> ClusterTable:
     from . import build
     from .sources import read_class_counts, read_samples, refuse_blank
 
     if args.class_counts:
         ids, count, notes = read_class_counts(args.class_counts)
-        return build.class_table(ids, count, _info("class counts", args.class_counts)), notes
+        warn(notes)
+        return build.class_table(ids, count, _info("class counts", args.class_counts))
     source = source_of(args)
     if args.label_column:
         return _from_labels(args, source)
     _say(f"reading {source.data}")
     samples = read_samples(source, [args.images] if args.images else ())
     refuse_blank(samples.captions, source.data, args.keep_blank)
+    warn(samples.notes)
     about = {"source": _name(source.data), "column": samples.column}
-    table = _from_clusters(args, samples.captions, about, samples.labels)
-    return table, samples.notes
+    return _from_clusters(args, samples.captions, about, samples.labels)
 
 
 def source_of(args: argparse.Namespace) -> Source:
@@ -251,21 +250,22 @@ def source_of(args: argparse.Namespace) -> Source:
     return Source(args.train_data or args.data, args.format, args.column, args.separator, not args.no_header)
 
 
-def _from_labels(args: argparse.Namespace, source: Source) -> tuple[ClusterTable, list[str]]:
+def _from_labels(args: argparse.Namespace, source: Source) -> ClusterTable:
     import numpy as np
 
     from . import build
     from .sources import read_samples
 
     samples = read_samples(source, args.label_column.split(","), captions=args.column is not None)
+    warn(samples.notes)
     info = _info("labels", source.data, column=samples.column, label_column=args.label_column)
     if args.column is None:
         ids, rows = build.distinct(samples.labels)
-        return build.class_table(ids, np.bincount(rows), info), samples.notes
+        return build.class_table(ids, np.bincount(rows), info)
     table, several = build.labelled_table(samples.captions, samples.labels, info)
     if several:
-        samples.notes.append(f"{source.data}: {several} captions occur under several labels; each takes its commonest")
-    return table, samples.notes
+        warn([f"{source.data}: {several} captions occur under several labels; each takes its commonest"])
+    return table
 
 
 @dataclass(frozen=True)
@@ -444,7 +444,7 @@ def _check_output(output: str, force: bool, folder: bool) -> None:
 
 
 def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: Any) -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("numpy", *packages)}
+    versions = {name: _version(name) for name in ("numpy", *packages)}
     return {
         "method": method,
         "source": _name(source),
@@ -454,25 +454,37 @@ def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: A
     }
 
 
+def _version(package: str) -> Optional[str]:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # faiss-gpu for faiss-cpu, or a checkout on the path
+        return None
+
+
 def _name(data: str) -> str:
     """The file's name alone: parents, commands and signed URLs are nobody's business in a table that is shared."""
     return data.rsplit("/", 1)[-1].partition("?")[0]
 
 
-def _positive(text: str) -> int:
-    return _whole(text, 1)
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
+        return value
+
+    return number
 
 
-def _seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    value = int(text) if len(text) < 20 else -1
-    if not least <= value <= _MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {_MOST}")
-    return value
+_positive, _seed = _whole(1, _MOST), _whole(0, _MOST)
+_runs, _threads = _whole(1, 10_000), _whole(1, 1024)  # of each there is something in memory
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Say what is odd about the input, before the long work."""
+    for note in notes:
+        _say(f"warning: {one_line(note)}")

@@ -92,6 +92,7 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         source = command.source_of(options)
         samples = read_samples(source, [options.images] if options.images else ())
         refuse_blank(samples.captions, source.data, options.keep_blank)
+        command.warn(samples.notes)
         data = command.prepare(options, samples.captions, source.data, samples.labels)
         recipe = resolve(data.points, command.recipe_of(options))
         preset = PRESETS[args.preset]
@@ -99,7 +100,7 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             data.points, data.weight, recipe, data.hashes, (preset.shift_min, preset.shift_max)
         )
     except ImportError as error:
-        raise MMTSError(f"mmts stability needs {error.name}: pip install 'mmts-plugins[cluster]'") from error
+        raise MMTSError(f"mmts stability needs {error.name or error}: pip install 'mmts-plugins[cluster]'") from error
     measured.update(recipe=recipe.record(), encoder=data.encoder, preset=args.preset)
     facts = [("recipe", f"{recipe.describe()}, {data.encoder}")]
     if measured["ari"] is not None:
