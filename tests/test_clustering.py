@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
 
-from mmts_plugins.clustering import build, kmeans
+from mmts_plugins.clustering import build, kmeans, sources
 from mmts_plugins.clustering.command import add_parser
 from mmts_plugins.clustering.rows import Rows
-from mmts_plugins.clustering.sources import Source, read_class_counts, read_embeddings, read_samples
+from mmts_plugins.clustering.sources import (
+    Source,
+    caption_batches,
+    failed_downloads,
+    read_class_counts,
+    read_embeddings,
+    read_samples,
+    units,
+)
 from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
 from mmts_plugins.errors import MMTSError
 
@@ -50,6 +64,7 @@ def refused(*args: object) -> str:
 
 
 def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -88,9 +103,123 @@ def test_csv_captions_are_those_of_openclip(tmp_path: Path, cells: list[str]) ->
     assert len(samples.notes) == (1 if "nan" in expected else 0)
 
 
+HOSTILE = [
+    'a "quoted" kite',
+    '"a kite"',
+    '"two, parts"',
+    "007",
+    "NA",
+    "",
+    " spaces ",
+    "caf\u00e9",
+    "\u2028",
+    "1.50",
+    "True",
+    "a\rb",
+    "x''y",
+    "\ufeffz",
+]
+
+
+@pytest.mark.filterwarnings("ignore::pandas.errors.ParserWarning")  # of the host's own call
+@pytest.mark.parametrize("separator", ["\t", "\\t", ",", ";", "\\|", "::", "[,;]", " "])
+def test_csv_equals_what_openclip_itself_reads(tmp_path: Path, separator: str) -> None:
+    data = pytest.importorskip("open_clip_train.data")
+    written = {"\\t": "\t", "\\|": "|", "[,;]": ";"}.get(separator, separator)
+    for texts in (HOSTILE, HOSTILE[:2], HOSTILE[3:4] * 3, HOSTILE[3:6], ["x y"] * (written != " ")):
+        rows = [("filepath", "title"), *((f"{number}.jpg", text) for number, text in enumerate(texts))]
+        path = tmp_path / "a.csv"
+        path.write_bytes("".join(f"{name}{written}{text}\n" for name, text in rows).encode())
+        try:
+            theirs = data.CsvDataset(str(path), None, "filepath", "title", sep=separator).captions
+        except Exception as error:
+            with pytest.raises(MMTSError, match=re.escape(" ".join(str(error).split()))):
+                read_samples(Source(str(path), separator=separator))
+            continue
+        if theirs:
+            assert read_samples(Source(str(path), separator=separator)).captions == [str(x) for x in theirs]
+
+
+def test_a_separator_of_two_characters_leaves_quotes_through_the_command(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'title\tfilepath\n"a kite"\t1.jpg\n"a ""red"" dog"\t2.jpg\na boat\t3.jpg\n')
+    for flag, keys, noted in (
+        (("--csv-separator", "\\t"), ['"a kite"', '"a ""red"" dog"', "a boat"], True),
+        (("--separator", "\t"), ["a kite", 'a "red" dog', "a boat"], False),
+        ((), ["a kite", 'a "red" dog', "a boat"], False),
+    ):
+        out = tmp_path / "t.parquet"
+        cluster(path, "-o", out, "--encoder", "hashing", "-k", 2, "--force", *flag)
+        assert ClusterTable.load(out).keys.to_pylist() == keys
+        notes = read_samples(Source(str(path), separator=flag[1] if flag else "\t")).notes
+        assert [("2 captions keep their quotes" in note) for note in notes] == [True] * noted
+
+
+@pytest.mark.parametrize("captions", [True, False])
+@pytest.mark.parametrize(
+    "text", ["title,noun\nopen drawer,3\ntake plate, put cup,2\n", "title,noun\na,1\nb,2\nc,3,4,5\n"]
+)
+def test_a_row_that_is_too_long_is_the_error_of_pandas(tmp_path: Path, text: str, captions: bool) -> None:
+    path = write(tmp_path / "a.csv", text)
+    with pytest.raises(pd.errors.ParserError) as theirs:
+        pd.read_csv(path)
+    with pytest.raises(MMTSError) as ours:
+        read_samples(Source(str(path), separator=","), () if captions else ["noun"], captions)
+    assert str(ours.value) == f"{path}: cannot be read as csv: {str(theirs.value).strip()}"
+
+
 def test_csv_whose_rows_are_longer_than_the_header_shifts_as_in_openclip(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "filepath,title\ni,one,two\nj,three,four\n")
-    assert read_samples(Source(str(path), separator=",")).captions == ["two", "four"]
+    samples = read_samples(Source(str(path), separator=","))
+    assert samples.captions == ["two", "four"]
+    assert len(samples.notes) == 1
+    assert "column 'filepath' holds the field after them" in samples.notes[0]
+
+
+def test_labels_stay_as_written_and_a_column_that_is_caption_and_label_as_trained(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "title,noun\n1,007\n2,1.0\n")
+    samples = read_samples(Source(str(path), separator=",", column="title"), ["noun"])
+    assert (samples.captions, samples.labels) == (["1", "2"], ["007", "1.0"])
+    path = write(tmp_path / "b.csv", "title\n007\n8\n")
+    assert read_samples(Source(str(path), column="title"), ["title"]).captions == ["7", "8"]
+
+
+def test_cells_with_line_breaks_are_counted(tmp_path: Path) -> None:
+    rows = 'filepath\ttitle\n1.jpg\ta 7" pan\n"2.jpg\ta kite\n3.jpg\ta gate"\tone\n4.jpg\t"a\nboat"\n5.jpg\tx\n'
+    samples = read_samples(Source(str(write(tmp_path / "a.tsv", rows))))
+    assert samples.captions == ['a 7" pan', "one", "a\nboat", "x"]
+    (note,) = samples.notes
+    assert "2 cells hold line breaks: a stray quote?" in note
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "captions"),
+    [
+        ("1.jpg#0\ta kite\n1.jpg#1\ta 7\" pan\n2.jpg#0\t\"so\", he said\n", "--no-header --column 1 --separator '\\t'",
+         ["a kite", 'a 7" pan', '"so", he said']),
+        ("image,caption\n1.jpg,a kite\n1.jpg,a boat\n", "--column caption --separator ,", ["a kite", "a boat"]),
+        ("image_name| comment_number| comment\n1.jpg| 0| a kite\n1.jpg| 1| a boat\n",
+         "--column ' comment' --separator '\\|'", [" a kite", " a boat"]),
+        ("a kite\thttp://x\na boat\thttp://y\n", "--no-header --column 1 --separator '\\t'", None),
+    ],
+)  # fmt: skip
+def test_lines_of_a_table_are_not_captions(
+    tmp_path: Path, text: str, flags: str, captions: Optional[list[str]]
+) -> None:
+    path = write(tmp_path / "token.txt", text)
+    with pytest.raises(MMTSError) as caught:
+        read_samples(Source(str(path)))
+    assert f"is a row of a table, such as {text.splitlines()[int('image' in text[:5])]!r}" in str(caught.value)
+    assert f"--format csv {flags};" in str(caught.value)
+    given = dict(zip(*[iter(shlex.split(flags.replace("--no-header ", "")))] * 2))
+    as_said = Source(str(path), "csv", given["--column"], given["--separator"], "--no-header" not in flags)
+    if captions is not None:
+        assert read_samples(as_said).captions == captions
+    assert read_samples(Source(str(path), "text")).captions == text.splitlines()
+    # Captions that name an image or hold a tab now and then are captions.
+    mixed = write(tmp_path / "mixed.txt", text + "a dog\n" * 20)
+    assert len(read_samples(Source(str(mixed))).captions) == text.count("\n") + 20
+    two = write(tmp_path / "two.txt", "a kite\na\tboat\n")
+    assert read_samples(Source(str(two))).captions == ["a kite", "a\tboat"]
 
 
 def test_csv_without_a_header_goes_by_position(tmp_path: Path) -> None:
@@ -110,6 +239,124 @@ def test_json_list_lines_and_lists_of_captions(tmp_path: Path) -> None:
     assert read_samples(Source(str(caption))).captions == ["x"]
 
 
+@pytest.mark.parametrize("escape", ["\\ud83d", "\\udfff", "\\ude00\\ud83d"])
+def test_half_a_character_is_named_by_line_and_field(tmp_path: Path, escape: str) -> None:
+    good = '{"caption": "a \\ud83d\\ude00 face", "label": 1}\n'
+    path = write(tmp_path / "a.jsonl", good + f'{{"caption": "x {escape}", "label": 2}}\n')
+    with pytest.raises(MMTSError, match=r"a\.jsonl: line 2: field 'caption' holds half a character, '\\ud"):
+        read_samples(Source(str(path)))
+    path = write(tmp_path / "b.json", json.dumps([{"caption": ["x", "y"]}])[:-3] + f', "{escape}"]}}]')
+    with pytest.raises(MMTSError, match="record 1: field 'caption' holds half"):
+        read_samples(Source(str(path)))
+    path = write(tmp_path / "c.jsonl", f'{{"caption": "x", "label": "{escape}"}}\n')
+    with pytest.raises(MMTSError, match="line 1: field 'label' holds half"):
+        read_samples(Source(str(path)), ["label"])
+    assert read_samples(Source(str(write(tmp_path / "d.jsonl", good)))).captions == ["a \U0001f600 face"]
+
+
+def test_a_field_named_twice_is_noted(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl", '{"caption": "x", "caption": "y"}\n{"caption": "z"}\n{"caption": "w", "a": 1, "a": 2}'
+    )
+    samples = read_samples(Source(str(path)))
+    assert samples.captions == ["y", "z", "w"]  # as json.load, and so VAST
+    assert samples.notes == [f"{path}: 2 objects name a field twice; the last one counts, as in json.load"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("document", "where"),
+    [
+        ({"v_0": {"duration": 1, "sentences": ["a", "b"]}, "v_1": {"sentences": ["c"], "x": 1}}, ".[].sentences[]"),
+        ({"info": {"description": "x"}, "images": [{"id": 0}], "annotations": [{"caption": "a"}]},
+         ".annotations[].caption"),
+        ({"images": [{"split": "train", "sentences": [{"tokens": ["a"], "raw": "a"}]}], "dataset": "x"},
+         '.images[] | select(.split == "train") | .sentences[].raw'),
+        ({"database": {"v": {"annotations": [{"sentence": "a"}]}, "w": {"annotations": [{"sentence": "b"}]}}},
+         ".database[].annotations[].sentence"),
+        ({"sentences": [{"caption": "a", "video_id": "v"}], "videos": []}, ".sentences[].caption"),
+        ({"0": ["a", "b"], "1": ["c"]}, ".[][]"),
+        ({str(number): "a" for number in range(30)}, ".[]"),
+    ],
+)  # fmt: skip
+def test_one_object_around_all_captions_is_described(
+    tmp_path: Path, document: object, where: str, indent: Optional[int]
+) -> None:
+    path = write(tmp_path / "a.json", json.dumps(document, indent=indent))
+    with pytest.raises(MMTSError) as caught:
+        read_samples(Source(str(path)))
+    assert f"is one JSON object of {', '.join(map(repr, list(document)[:10]))}" in str(caught.value)  # type: ignore[call-overload]
+    assert f"jq -c '{where} | {{caption: .}}' {path} > captions.jsonl" in str(caught.value)
+
+
+def test_one_record_alone_is_a_record(tmp_path: Path) -> None:
+    assert read_samples(Source(str(write(tmp_path / "a.json", '{"caption": ["x", "y"]}')))).captions == ["x", "y"]
+    with pytest.raises(MMTSError, match="no column 'desc' or 'caption'; found: 'title'"):
+        read_samples(Source(str(write(tmp_path / "b.json", '{"title": "x"}\n'))))
+    named = tmp_path / "c.parquet"
+    pd.DataFrame({"": ["x"]}).to_parquet(named)
+    assert both_engines(Source(str(named), column="")) == ["x"]
+
+
+def test_compressed_text_and_json_are_read(tmp_path: Path) -> None:
+    import pyarrow
+
+    lines = '{"caption": "a \u00e9"}\n{"caption": "b"}\n'.encode()
+    with pyarrow.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as stream:
+        stream.write(lines)
+    for module, suffix in ((gzip, "gz"), (bz2, "bz2"), (lzma, "xz")):
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(module.compress(lines))
+    for suffix in ("gz", "bz2", "xz", "zst"):
+        path = tmp_path / f"a.jsonl.{suffix}"
+        assert read_samples(Source(str(path))).captions == ["a \u00e9", "b"]
+        assert len(read_samples(Source(str(path), "text")).captions) == 2
+        path.write_bytes(path.read_bytes()[:-12])
+        with pytest.raises(MMTSError, match=rf"a\.jsonl\.{suffix}: cannot be read as json"):
+            read_samples(Source(str(path)))
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(b"title\nBZh is a caption\n"))
+    assert read_samples(Source(str(tmp_path / "b.tsv.gz"))).captions == ["BZh is a caption"]  # by pandas
+    assert read_samples(Source(str(write(tmp_path / "c.txt", "BZh9 is a caption\n")))).captions == ["BZh9 is a caption"]
+
+
+@pytest.mark.parametrize(("kind", "start"), [("csv", "title\n"), ("text", ""), ("json", '{"desc": "x"}\n')])
+@pytest.mark.parametrize(("codec", "name"), [("latin-1", "LATIN1"), ("utf-16", "UTF-16")])
+def test_another_encoding_is_told_how_to_convert(tmp_path: Path, kind: str, start: str, codec: str, name: str) -> None:
+    path = tmp_path / "my file.xyz"
+    path.write_bytes((start + "caf\u00e9 by the canal\n").encode(codec))
+    with pytest.raises(MMTSError, match=f"iconv -f {name} -t UTF-8 '.*my file.xyz' > utf8.xyz"):
+        read_samples(Source(str(path), kind))
+    path.write_bytes(b"\xef\xbb\xbf" + (start + ("x\n" if kind != "json" else "")).encode())
+    assert read_samples(Source(str(path), kind)).captions == ["x"]
+
+
+def test_whatever_a_parser_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.tsv", "title\nx\n")
+    for error in (
+        RecursionError("x"),
+        MemoryError(),
+        AssertionError(),
+        KeyError("k"),
+        OSError(5, "Input/output error"),
+    ):
+
+        def fails(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pd, "read_csv", fails)
+            for read in (lambda: read_samples(Source(str(path))), lambda: read_class_counts(str(path))):
+                with pytest.raises(MMTSError, match=r"a\.tsv: cannot be read as (csv|CSV): "):
+                    read()
+    deep = write(tmp_path / "deep.json", "[" * 100_000)
+    with pytest.raises(MMTSError, match=r"deep\.json: cannot be read as json: nested too deeply"):
+        read_samples(Source(str(deep)))
+    deep = write(tmp_path / "deep.jsonl", '{"caption": ' + "[" * 100_000)
+    with pytest.raises(MMTSError, match=r"deep\.jsonl: cannot be read as json: nested too deeply"):
+        read_samples(Source(str(deep)))
+    with pytest.raises(MMTSError, match="cannot be read as json: "):
+        read_samples(Source(str(write(tmp_path / "long.json", '[{"caption": ' + "9" * 5000 + "}]"))))
+
+
 def test_text_keeps_every_line_and_counts_blank_ones(tmp_path: Path) -> None:
     samples = read_samples(Source(str(write(tmp_path / "a.txt", "one\n\ntwo\n"))))
     assert samples.captions == ["one", "", "two"]
@@ -121,6 +368,86 @@ def test_parquet(tmp_path: Path) -> None:
     pd.DataFrame({"url": ["u", "v"], "caption": ["a cat", None]}).to_parquet(path)
     samples = read_samples(Source(str(path)))
     assert (samples.captions, samples.column, len(samples.notes)) == (["a cat", "nan"], "caption", 1)
+
+
+def both_engines(source: Source) -> list[str]:
+    """The captions, the same from either engine."""
+    captions = read_samples(source).captions
+    assert [x for unit in units(source) for batch in caption_batches(source, unit) for x in batch] == captions
+    return captions
+
+
+def test_parquet_folders_and_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "data"
+    for name in ("train-1.parquet", "train-0.parquet", ".hidden.parquet", "_temporary/x.parquet", "test.parquet"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"caption": [name, name]}).to_parquet(folder / name)
+    write(tmp_path / "hub" / "README.md", "---")
+    every = ["test.parquet"] * 2 + ["train-0.parquet"] * 2 + ["train-1.parquet"] * 2
+    for data, expected in (
+        ("hub", every),
+        ("hub/data", every),
+        ("hub/*/train*", every[2:]),
+        ("hub/**/t*.parquet", every),
+    ):
+        kind = "auto" if data != "hub/*/train*" else "parquet"
+        assert both_engines(Source(str(tmp_path / data), kind)) == expected
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty" / "a.arrow", "")
+    for data, message in (
+        ("empty", r"without \*.parquet files \(it holds 'a.arrow'\)"),
+        ("no/*.parquet", "no such file"),
+    ):
+        with pytest.raises(MMTSError, match=message):
+            read_samples(Source(str(tmp_path / data)))
+    pd.DataFrame({"caption": ["x"]}).to_parquet(folder / "a.parquet")
+    pd.DataFrame({"text": ["x"]}).to_parquet(folder / "b.parquet")
+    with pytest.raises(MMTSError, match=r"b\.parquet: no column 'caption'"):
+        read_samples(Source(str(folder)))
+
+
+def test_a_list_of_captions_in_parquet_is_several_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = {"caption": [["a", "b"], [], ["c"], None, ["d", None, "e"]], "label": [1, 2, 3, 4, 5]}
+    pd.DataFrame(rows).to_parquet(path)
+    assert both_engines(Source(str(path))) == ["a", "b", "c", "d", "nan", "e"]
+    assert read_samples(Source(str(path)), ["label"]).labels == ["1", "1", "3", "5", "5", "5"]
+    pd.DataFrame({"caption": [{"a": 1}]}).to_parquet(path)
+    with pytest.raises(MMTSError, match="column 'caption' holds struct<a: int64>, not text"):
+        read_samples(Source(str(path)))
+
+
+def test_downloads_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    status = ["success", "failed_to_download", "success", None, "failed_to_resize"]
+    rows = pd.DataFrame({"url": list("vwxyz"), "caption": list("abcde"), "status": status})
+    for frame in (rows, rows.astype({"status": "category"})):
+        frame.to_parquet(path)
+        assert both_engines(Source(str(path))) == ["a", "c"]
+        assert read_samples(Source(str(path)), ["url"]).labels == ["v", "x"]
+        (note,) = read_samples(Source(str(path))).notes
+        assert "3 rows whose status is not 'success' are left out" in note
+        assert failed_downloads(Source(str(path))) == note
+    rows[rows.status != "success"].to_parquet(path)
+    with pytest.raises(MMTSError, match=r"holds no samples .*; 3 rows whose status"):
+        read_samples(Source(str(path)))
+    rows.drop(columns="url").to_parquet(path)  # a status of something else
+    assert both_engines(Source(str(path))) == list("abcde")
+    assert failed_downloads(Source(str(path))) is None
+
+
+def test_units_of_parquet_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_UNIT", 5)
+    monkeypatch.setattr(sources, "_BATCH", 3)
+    texts = [f"caption {number}" for number in range(17)]
+    pd.DataFrame({"caption": texts}).to_parquet(tmp_path / "a.parquet", row_group_size=2)
+    source = Source(str(tmp_path / "a.parquet"))
+    assert units(source) == [f"{source.data}#{first}-{last}" for first, last in ((0, 2), (3, 5), (6, 8))]
+    assert both_engines(source) == texts
+    both = [((f"{number}.jpg", b""), (f"{number}.txt", text.encode())) for number, text in enumerate(texts)]
+    tar = make_tar(tmp_path / "0.tar", [member for sample in both for member in sample])
+    assert [len(batch) for batch in caption_batches(Source(str(tar)), str(tar))] == [3, 3, 3, 3, 3, 2]
+    assert both_engines(Source(str(tar))) == texts
 
 
 WEBDATASET = [
@@ -158,7 +485,65 @@ def test_webdataset_agrees_with_openclip_itself(tmp_path: Path) -> None:
     kept = filter(
         open_clip_data.filter_no_caption_or_no_image, open_clip_data.tarfile_to_samples_nothrow([{"url": str(path)}])
     )
-    assert [s["txt"] for s in kept] == [b"\xc3\xa9 caption", b"upper case", b"\xff\xfe", b"first"]
+    theirs = [sample["txt"] for sample in kept]
+    assert theirs == [b"\xc3\xa9 caption", b"upper case", b"\xff\xfe", b"first"]
+    ours = read_samples(Source(str(path)))
+    # OpenCLIP decodes after this filter, and leaves out what is not UTF-8 with a warning.
+    assert [caption.encode() for caption in ours.captions] == [text for text in theirs if text != b"\xff\xfe"]
+    assert ours.notes[1].endswith("1 captions are not UTF-8 and are left out, as OpenCLIP does")
+
+
+def test_webdataset_keeps_every_kind_of_image_that_openclip_keeps(tmp_path: Path) -> None:
+    keeps = pytest.importorskip("open_clip_train.data").filter_no_caption_or_no_image
+    kinds = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "mp4", "json", "JPEG", "tiff"]
+    members = [(f"{kind}.{suffix}", kind.encode()) for kind in kinds for suffix in (kind, "txt")]
+    kept = [kind for kind in kinds if keeps({"txt": b"", kind.lower(): b""})]
+    assert kept == ["png", "jpg", "jpeg", "webp", "JPEG"]
+    assert read_samples(Source(str(make_tar(tmp_path / "0.tar", members)))).captions == kept
+
+
+def test_captions_of_another_suffix_in_a_tar(tmp_path: Path) -> None:
+    members = [
+        (f"{number}.{suffix}", f"{suffix} {number}".encode())
+        for number in range(3)
+        for suffix in ("input.jpg", "outputs.TXT")
+    ]
+    path = make_tar(tmp_path / "0.tar", [*members, ("3.input.jpg", b"x")])
+    with pytest.raises(MMTSError) as caught:
+        read_samples(Source(str(path)))
+    for part in ("none of 4 samples has a .txt and an image", "4 .input.jpg, 3 .outputs.txt", "--column SUFFIX"):
+        assert part in str(caught.value)
+    for column in ("outputs.txt", ".outputs.txt", "OUTPUTS.txt"):
+        assert both_engines(Source(str(path), column=column)) == [f"outputs.TXT {number}" for number in range(3)]
+    assert (
+        "1 samples without a .outputs.txt are left out"
+        in read_samples(Source(str(path), column="outputs.txt")).notes[0]
+    )
+    with pytest.raises(MMTSError, match=r"--column 0\.json: a \.json holds fields"):
+        read_samples(Source(str(path), column="0.json"))
+    with pytest.raises(MMTSError, match=r"none of 4 samples has a \.caption"):
+        read_samples(Source(str(path), column="caption"))
+
+
+@pytest.mark.parametrize("pax", [False, True])
+def test_a_tar_that_sends_its_reader_back_is_refused(tmp_path: Path, pax: bool) -> None:
+    back = tarfile.TarInfo("x")
+    if pax:
+        back.type, back.size = tarfile.XHDTYPE, 14
+    block = bytearray(back.tobuf(tarfile.USTAR_FORMAT))
+    after = b"14 size=-1024\n".ljust(512, b"\0") + tarfile.TarInfo("0.txt").tobuf(tarfile.USTAR_FORMAT)
+    if not pax:
+        block[124:136] = (-1024 & (1 << 96) - 1).to_bytes(12, "big")
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        after = b""
+    first = tarfile.TarInfo("0.jpg").tobuf(tarfile.USTAR_FORMAT)
+    path = tmp_path / "0.tar"
+    path.write_bytes(first + bytes(block) + after + bytes(2048))
+    with pytest.raises(
+        MMTSError, match=r"0\.tar: cannot be read as a tar \(truncated or damaged\?\): a member of negative size"
+    ):
+        read_samples(Source(str(path)))
 
 
 def test_webdataset_through_a_pipe(tmp_path: Path) -> None:
@@ -208,6 +593,16 @@ def test_damaged_embeddings_are_one_clear_error(tmp_path: Path) -> None:
     points[69999, 1] = np.nan
     np.save(tmp_path / "nan.npy", points)
     check("nan.npy", "row 69999 .*NaN")
+    points[69999, 1] = np.inf
+    np.save(tmp_path / "half.npy", points.astype(np.float16))
+    check("half.npy", "row 69999 .*infinity")
+    for large in (-1e300, 2e12):
+        wide = np.ones((3, 2))
+        wide[1, 0] = large
+        np.save(tmp_path / "large.npy", wide)
+        check("large.npy", "row 1 .*square is too large")
+    np.save(tmp_path / "least.npy", np.array([[1, np.iinfo(np.int64).min]]))
+    check("least.npy", "row 0 .*square is too large")
     np.save(tmp_path / "flat.npy", points[:, 0])
     check("flat.npy", r"shape is \[70000\]")
     np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
@@ -218,6 +613,15 @@ def test_damaged_embeddings_are_one_clear_error(tmp_path: Path) -> None:
     check("cut.npy", "truncated")
     (tmp_path / "empty.npy").write_bytes(b"")
     check("empty.npy", "truncated")
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 4), }"
+    (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\x01\0" + (len(header) + 1).to_bytes(2, "little") + header + b"\n")
+    check("huge.npy", "cannot be read as .npy")
+    (tmp_path / "deep.npy").write_bytes(b"\x93NUMPY\x02\0" + (8000).to_bytes(4, "little") + b"(" * 7999 + b"\n")
+    check("deep.npy", "cannot be read as .npy")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    for name, array in (("bool", np.ones((2, 2), bool)), ("complex", np.ones((2, 2), np.complex64))):
+        safetensors.save_file({"x": array}, tmp_path / f"{name}.safetensors")
+        check(f"{name}.safetensors", f"holds an array of torch.{name}")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     check("cut.safetensors", "truncated")
 
@@ -226,12 +630,21 @@ def test_class_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", "class_id,count\n6_0,3\n007,2\nNA,5\nnone,0\n")
     ids, counts, notes = read_class_counts(str(path))
     assert (ids, counts.tolist(), len(notes)) == (["6_0", "007", "NA"], [3, 2, 5], 1)
+    path = write(tmp_path / "zeros.csv", f"class_id,count\n1,{'0' * 30}7\n2,{2**53 - 7}\n")
+    assert read_class_counts(str(path))[1].tolist() == [7, 2**53 - 7]
     for text, message in (
         ("class,count\n1,2\n", "no column 'class_id'"),
         ("class_id,count\n1,x\n", "line 2: .*'x'"),
         ("class_id,count\n1,2\n1,3\n", "class '1' occurs more than once"),
         ("class_id,count\n", "no class"),
         ("", "cannot be read"),
+        ("class_id,count\n1\n", "line 2: the count of class '1' is ''"),
+        ("class_id,count\n ,3\n", "line 2: no class_id"),
+        ("class_id,count\n1,2,3\n", "rows have more fields than the header"),
+        ("class_id,count\n1,2\n1,2,3\n", "Expected 2 fields in line 3, saw 3"),
+        ("class_id,count\n1," + "9" * 5000 + "\n", "line 2: .*too large"),
+        (f"class_id,count\n1,{2**53 + 1}\n", "line 2: .*too large"),
+        (f"class_id,count\n1,{2**53}\n2,1\n", "the counts add up to 9007199254740993: too large"),
     ):
         with pytest.raises(MMTSError, match=message):
             read_class_counts(str(write(tmp_path / "f.csv", text)))

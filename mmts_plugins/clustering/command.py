@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from .. import __version__
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, one_line, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +82,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 INPUT = ("data", "train_data", "column", "label_column", "keep_blank")
 ENCODING = ("encoder", "batch_size", "no_cache", "images", "image_root", "frames")
+_MOST = 2**31 - 1  # of a number given by a flag: seeds beyond it are not all packages'
 _DENSITY = ("radius", "neighbours", "references")
 RECIPE = ("estimator", "clusters", "runs", "seed", "threads", "algorithm", "fit_rows", *_DENSITY)
 
@@ -119,16 +121,17 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     """The flags that say where the captions are."""
     add = parser.add_argument_group("input").add_argument
     add("data", nargs="?", metavar="DATA",
-        help="file with the captions of the training set; for WebDataset a path, a quoted brace pattern or several "
-        "joined with '::', as OpenCLIP's --train-data")  # fmt: skip
+        help="file with the captions of the training set; for Parquet also a folder or a quoted glob pattern, for "
+        "WebDataset a path, a quoted brace pattern or several joined with '::' (OpenCLIP's --train-data)")  # fmt: skip
     add("--train-data", metavar="DATA", help="the same, under OpenCLIP's name")
     add("--format", "--dataset-type", default="auto", choices=("auto", "csv", "text", "json", "parquet", "webdataset"),
         help="default: by the extension (.csv .tsv .txt .json .jsonl .parquet .tar)")  # fmt: skip
     add("--column", "--csv-caption-key", metavar="NAME",
         help="column of the captions; default: title (CSV), desc or caption (JSON), "
-        "title, caption, text or desc (Parquet)")  # fmt: skip
-    add("--separator", "--csv-separator", default="\\t", metavar="CHAR",
-        help="of a CSV; default: tab, also for .csv, as in OpenCLIP")  # fmt: skip
+        "title, caption, text or desc (Parquet); of WebDataset the suffix of the captions; default: txt")  # fmt: skip
+    add("--separator", "--csv-separator", default="\t", metavar="CHAR",
+        help="of a CSV, handed to pandas as OpenCLIP does; default: tab, also for .csv; of several characters (also "
+        "'\\t' as two) it is a regular expression, and quotes stay in the captions")  # fmt: skip
     add("--no-header", action="store_true", help="the CSV has no header: --column 0 is its first column")
     add("--keep-blank", action="store_true", default=None,
         help="keep samples whose caption is blank, as one caption, instead of stopping")  # fmt: skip
@@ -161,9 +164,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="kmeans: the size of the caption's cluster (default, as the paper); radius: samples within a cosine "
         "radius; knn: nearness of the nearest samples")  # fmt: skip
     add("-k", "--clusters", type=_positive, metavar="K", help=f"default: {_DEFAULTS['clusters']}, as the paper")
-    add("--runs", type=_positive, metavar="R",
+    add("--runs", type=_runs, metavar="R",
         help=f"average over R seeds; default: {_DEFAULTS['runs']} (the paper: 1)")  # fmt: skip
-    add("--seed", type=int, metavar="S", help=f"of the first run; default: {_DEFAULTS['seed']}")
+    add("--seed", type=_seed, metavar="S", help=f"of the first run; default: {_DEFAULTS['seed']}")
     add("--algorithm", choices=("sample", "lloyd", "sklearn", "faiss"),
         help="of K-Means; sample (default): fitted on a weighted sample, then one pass over all; lloyd: all captions "
         "in every iteration; sklearn, faiss: those packages")  # fmt: skip
@@ -174,7 +177,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--neighbours", type=_positive, metavar="N", help=f"of --estimator knn; default: {_DEFAULTS['neighbours']}")
     add("--references", type=_positive, metavar="N",
         help=f"a density compares with at most N captions; default: {_DEFAULTS['references']}")  # fmt: skip
-    add("--threads", type=_positive, metavar="N",
+    add("--threads", type=_threads, metavar="N",
         help=f"default: {_DEFAULTS['threads']}; another number may round otherwise and give another table")  # fmt: skip
 
 
@@ -185,11 +188,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.engine == "ray":
             return _run_on_ray(with_defaults(args))
-        table, notes = _make(with_defaults(args))
+        table = _make(with_defaults(args))
     except ImportError as error:
-        raise MMTSError(f"mmts cluster needs {error.name}: pip install 'mmts-plugins[cluster]'") from error
-    for note in notes:
-        _say(f"warning: {note}")
+        raise MMTSError(f"mmts cluster needs {error.name or error}: pip install 'mmts-plugins[cluster]'") from error
     table.save(args.output)
 
     from .summary import summarise
@@ -200,11 +201,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_on_ray(args: argparse.Namespace) -> int:
     from . import encoders, ray_engine
+    from .sources import failed_downloads
     from .stages import Job
 
     source, recipe = source_of(args), recipe_of(args)
     if source.resolved_format() not in ("webdataset", "parquet"):
-        _say(f"warning: {source.data}: only Parquet and WebDataset are read in parallel and in bounded memory")
+        warn([f"{source.data}: only Parquet and WebDataset are read in parallel and in bounded memory"])
+    failed = failed_downloads(source)
+    warn([failed] if failed else [])
     job = Job(f"{args.output.rstrip('/')}.work", source, args.encoder, args.batch_size, args.device, not args.no_cache,
               bool(args.keep_blank), recipe)  # fmt: skip
     info = _info("k-means", source.data, packages=("ray", "torch", *encoders.packages(args.encoder)),
@@ -220,47 +224,48 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **_DEFAULTS, **given})
 
 
-def _make(args: argparse.Namespace) -> tuple[ClusterTable, list[str]]:
+def _make(args: argparse.Namespace) -> ClusterTable:
     from . import build
     from .sources import read_class_counts, read_samples, refuse_blank
 
     if args.class_counts:
         ids, count, notes = read_class_counts(args.class_counts)
-        return build.class_table(ids, count, _info("class counts", args.class_counts)), notes
+        warn(notes)
+        return build.class_table(ids, count, _info("class counts", args.class_counts))
     source = source_of(args)
     if args.label_column:
         return _from_labels(args, source)
     _say(f"reading {source.data}")
     samples = read_samples(source, [args.images] if args.images else ())
     refuse_blank(samples.captions, source.data, args.keep_blank)
+    warn(samples.notes)
     about = {"source": _name(source.data), "column": samples.column}
-    table = _from_clusters(args, samples.captions, about, samples.labels)
-    return table, samples.notes
+    return _from_clusters(args, samples.captions, about, samples.labels)
 
 
 def source_of(args: argparse.Namespace) -> Source:
     """What the input flags name."""
     from .sources import Source
 
-    separator = args.separator.replace("\\t", "\t")
-    return Source(args.train_data or args.data, args.format, args.column, separator, not args.no_header)
+    return Source(args.train_data or args.data, args.format, args.column, args.separator, not args.no_header)
 
 
-def _from_labels(args: argparse.Namespace, source: Source) -> tuple[ClusterTable, list[str]]:
+def _from_labels(args: argparse.Namespace, source: Source) -> ClusterTable:
     import numpy as np
 
     from . import build
     from .sources import read_samples
 
     samples = read_samples(source, args.label_column.split(","), captions=args.column is not None)
+    warn(samples.notes)
     info = _info("labels", source.data, column=samples.column, label_column=args.label_column)
     if args.column is None:
         ids, rows = build.distinct(samples.labels)
-        return build.class_table(ids, np.bincount(rows), info), samples.notes
+        return build.class_table(ids, np.bincount(rows), info)
     table, several = build.labelled_table(samples.captions, samples.labels, info)
     if several:
-        samples.notes.append(f"{source.data}: {several} captions occur under several labels; each takes its commonest")
-    return table, samples.notes
+        warn([f"{source.data}: {several} captions occur under several labels; each takes its commonest"])
+    return table
 
 
 @dataclass(frozen=True)
@@ -439,7 +444,7 @@ def _check_output(output: str, force: bool, folder: bool) -> None:
 
 
 def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: Any) -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("numpy", *packages)}
+    versions = {name: _version(name) for name in ("numpy", *packages)}
     return {
         "method": method,
         "source": _name(source),
@@ -449,17 +454,37 @@ def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: A
     }
 
 
+def _version(package: str) -> Optional[str]:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # faiss-gpu for faiss-cpu, or a checkout on the path
+        return None
+
+
 def _name(data: str) -> str:
     """The file's name alone: parents, commands and signed URLs are nobody's business in a table that is shared."""
     return data.rsplit("/", 1)[-1].partition("?")[0]
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
+        return value
+
+    return number
+
+
+_positive, _seed = _whole(1, _MOST), _whole(0, _MOST)
+_runs, _threads = _whole(1, 10_000), _whole(1, 1024)  # of each there is something in memory
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Say what is odd about the input, before the long work."""
+    for note in notes:
+        _say(f"warning: {one_line(note)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Optional, cast
 
 import numpy as np
 
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, cause, reading, shown
 
 TFIDF = "tfidf"
 HASHING = "hashing"
@@ -37,7 +38,7 @@ def public_name(encoder: str) -> str:
         scheme, _, path = model.partition(":") if model.startswith("local-dir:") else ("", "", model)
         parts = [f"{scheme}:{Path(path).resolve().name}" if scheme else model]
         return prefix + "/".join(parts + [Path(pretrained).name] * bool(pretrained))
-    return prefix + (Path(name).resolve().name if Path(name).exists() else name)
+    return prefix + (Path(name).resolve().name if os.path.exists(name) else name)
 
 
 def packages(encoder: str) -> tuple[str, ...]:
@@ -80,11 +81,11 @@ class TextEncoder:
         if prefix == _OPENCLIP:
             model, pretrained = openclip_name(name)
             local = model[len("local-dir:") :] if model.startswith("local-dir:") else pretrained
-            weights = digest(Path(local)) if Path(local).exists() else (None if "hf-hub:" in model else pretrained)
+            weights = digest(Path(local)) if os.path.exists(local) else (None if "hf-hub:" in model else pretrained)
             if weights is not None:
                 weights = f"{'' if model.startswith('local-dir:') else model} {weights}"
         else:
-            weights = digest(Path(name)) if Path(name).is_dir() else _hub_commit(name)
+            weights = digest(Path(name)) if os.path.isdir(name) else _hub_commit(name)
         return None if weights is None else f"{prefix}{weights} {'bf16' if self._half() else 'fp32'}"
 
     def encode(self, captions: Sequence[str], progress: bool = False) -> np.ndarray:
@@ -92,6 +93,7 @@ class TextEncoder:
 
         Raises:
             ConfigError: the encoder cannot be loaded or run here. Never another encoder instead.
+            MMTSError: what it gives is no embedding (:func:`checked`).
         """
         if self.name == HASHING:
             return _hashing(captions)
@@ -99,12 +101,15 @@ class TextEncoder:
 
         if self._model is None:
             self._model = self._load()
+        flag = f"--encoder {self.name}"
         try:
-            return cast(np.ndarray, self._model(list(captions), progress))
-        except torch.cuda.OutOfMemoryError as error:
-            raise ConfigError(
-                f"--encoder {self.name}: out of GPU memory at --batch-size {self.batch_size}; lower it"
-            ) from error
+            with reading(flag, "cannot embed these captions (does its tokenizer fit its weights?)", ConfigError):
+                vectors = self._model(list(captions), progress)
+        except ConfigError as error:
+            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
+                raise ConfigError(f"{flag}: out of GPU memory at --batch-size {self.batch_size}; lower it") from error
+            raise
+        return checked(vectors, captions, flag)
 
     def _half(self) -> bool:
         import torch
@@ -126,7 +131,7 @@ class TextEncoder:
         try:
             return self._openclip(name) if prefix == _OPENCLIP else self._sentence_transformer(prefix, name)
         except Exception as error:  # hub clients and model files raise every kind
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = ((str(error).strip().splitlines() or [""])[0].rstrip(".") or type(error).__name__)[:200]
             raise ConfigError(
                 f"--encoder {self.name} cannot be loaded: {reason}. Ways out: give the folder of a downloaded model "
                 f"(--encoder ./FOLDER); where there is a network, run `hf download {name}` (formerly huggingface-cli) "
@@ -180,6 +185,25 @@ class TextEncoder:
         return encode
 
 
+def checked(vectors: Any, inputs: Sequence[str], label: str) -> np.ndarray:
+    """``vectors`` if they are embeddings: ``[len(inputs), d >= 1]`` finite numbers.
+
+    Raises:
+        MMTSError: they are not; it names the first input without one.
+    """
+    array = np.asarray(vectors)
+    if array.ndim != 2 or len(array) != len(inputs) or not array.shape[1] or array.dtype.kind not in "fiu":
+        raise MMTSError(
+            f"{label} gives an array {list(array.shape)} of {array.dtype} for {len(inputs)} inputs, not one embedding "
+            "each; use another encoder"
+        )
+    finite = np.isfinite(array).all(axis=1)
+    if not finite.all():
+        first = inputs[int(np.argmin(finite))]
+        raise MMTSError(f"{label} gives a NaN or an infinity for {shown(first)}; remove it, or use another encoder")
+    return array
+
+
 def encode(encoder: str, captions: Sequence[str], seed: int = 0) -> np.ndarray:
     """``[n, D]`` embeddings of captions by any of the encoders, in memory.
 
@@ -190,14 +214,21 @@ def encode(encoder: str, captions: Sequence[str], seed: int = 0) -> np.ndarray:
 
 
 def digest(path: Path) -> str:
-    """A hash of a file's content, or of all files below a folder."""
+    """A hash of a file's content, or of the names and contents of all files below a folder.
+
+    Raises:
+        MMTSError: one of them cannot be read.
+    """
     found = hashlib.blake2b(digest_size=16)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            found.update(str(file.relative_to(path)).encode())
-            with file.open("rb") as stream:
-                for block in iter(lambda: stream.read(1 << 20), b""):
-                    found.update(block)
+    with reading(path, "cannot be read"):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                name = os.fsencode(file.relative_to(path))
+                # With lengths: where a name ends and a content begins is part of what is hashed.
+                found.update(len(name).to_bytes(8, "little") + name + file.stat().st_size.to_bytes(8, "little"))
+                with file.open("rb") as stream:
+                    for block in iter(lambda: stream.read(1 << 20), b""):
+                        found.update(block)
     return found.hexdigest()
 
 
@@ -210,7 +241,7 @@ def _hub_commit(name: str) -> Optional[str]:
     for repository in (name, f"sentence-transformers/{name}"):
         try:
             file = try_to_load_from_cache(repository, "config.json")
-        except ValueError:  # not a name that the hub could have
+        except (ValueError, OSError):  # not a name that the hub, or a file, could have
             return None
         if isinstance(file, str):
             return f"{repository}@{Path(file).parent.name}"
@@ -223,8 +254,8 @@ def _check_device(device: Optional[str]) -> None:
     if device is not None:
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # the latter from a torch built without that backend
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # RuntimeError, or AssertionError from a torch built without that backend, or others
+            reason = (cause(error).splitlines() or [""])[0]
             raise ConfigError(f"--device {device} cannot be used here: {reason}") from error
 
 

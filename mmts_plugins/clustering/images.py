@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
-from ..errors import ConfigError, MMTSError
-from .encoders import TIMM, digest, openclip_name
+from ..errors import ConfigError, MMTSError, cause, reading, shown
+from .encoders import TIMM, checked, digest, openclip_name
 from .kmeans import pick_device
 
 _OPENCLIP = "openclip:"
@@ -25,12 +26,13 @@ def stamped(paths: Sequence[str], root: Optional[str], source: str) -> list[str]
     stamps = []
     for number, name in enumerate(paths, 1):
         path = Path(root or "", name)
-        if not path.exists():
+        if not os.path.exists(path):
             raise MMTSError(
-                f"{source}: sample {number}: no image {path}; paths are relative to the working folder, or to "
-                "--image-root FOLDER"
+                f"{source}: image {number}: no file {shown(str(path))}; paths are relative to the working folder, or "
+                "to --image-root FOLDER"
             )
-        facts = [(file.stat().st_size, file.stat().st_mtime_ns) for file in _frames(path)]
+        with reading(path, "cannot be read as an image"):
+            facts = [(file.stat().st_size, file.stat().st_mtime_ns) for file in _frames(path)]
         stamps.append(f"{path}|{facts}")
     return stamps
 
@@ -64,8 +66,9 @@ class ImageEncoder:
 
     def identity(self) -> str:
         """What the embeddings depend on beside the images."""
-        weights = self.name.rpartition("/")[2].rpartition("local-dir:")[2]
-        stamp = digest(Path(weights)) if Path(weights).exists() else ""
+        model, pretrained = openclip_name(self.name.partition(":")[2])
+        weights = model[len("local-dir:") :] if model.startswith("local-dir:") else pretrained
+        stamp = digest(Path(weights)) if weights and os.path.exists(weights) else ""
         return f"image {self.name} {stamp} {self.frames} {self._device.type}"
 
     def encode(self, stamps: Sequence[str]) -> np.ndarray:
@@ -73,7 +76,7 @@ class ImageEncoder:
 
         Raises:
             ConfigError: the model cannot be loaded.
-            MMTSError: an image cannot be read.
+            MMTSError: an image cannot be read, or what the model gives is no embedding.
         """
         import torch
 
@@ -88,6 +91,7 @@ class ImageEncoder:
             nonlocal total
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
                 vectors = model(torch.stack(pictures).to(self._device)).float().cpu().numpy()
+            vectors = checked(vectors, [stamps[owner].rpartition("|")[0] for owner in owners], f"--encoder {self.name}")
             if total is None:
                 total = np.zeros((len(stamps), vectors.shape[1]), np.float32)
             np.add.at(total, owners, vectors)
@@ -100,7 +104,8 @@ class ImageEncoder:
             chosen = np.unique(np.linspace(0, len(files) - 1, min(self.frames, len(files))).astype(int))
             share[row] = len(chosen)
             for place in chosen:
-                pictures.append(transform(_opened(files[place])))
+                with reading(files[place], "cannot be read as an image"):
+                    pictures.append(transform(_opened(files[place])))
                 owners.append(row)
                 if len(pictures) == self.batch_size:
                     flush()
@@ -132,14 +137,11 @@ class ImageEncoder:
                 f"--encoder {self.name} needs {error.name}: pip install 'mmts-plugins[openclip]'"
             ) from error
         except Exception as error:  # hub clients and model files raise every kind
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ConfigError(f"--encoder {self.name} cannot be loaded: {reason}") from error
+            raise ConfigError(f"--encoder {self.name} cannot be loaded: {cause(error)}") from error
 
 
 def _opened(path: Path) -> Any:
     from PIL import Image
 
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise MMTSError(f"{path}: cannot be read as an image: {error}") from error
+    with Image.open(path) as image:
+        return image.convert("RGB")

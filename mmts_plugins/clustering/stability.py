@@ -29,9 +29,17 @@ ROWS = 100_000  # more captions than these make a correlation no surer
 def spearman(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
     """Rank correlation of ``[n]`` and ``[n]``, each row counted ``weight`` times; ties share their mean rank.
 
-    NaN where either is constant.
+    Where both are constant it is 1 (they say the same of every sample), where only one is, 0.
     """
+    one, other = (_constant(values, weight) for values in (a, b))
+    if one or other:
+        return float(one and other)
     return _pearson(_ranks(a, weight), _ranks(b, weight), weight)
+
+
+def _constant(values: np.ndarray, weight: np.ndarray) -> bool:
+    there = values[weight > 0]
+    return len(there) == 0 or bool((there == there[0]).all())
 
 
 def _ranks(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -43,27 +51,32 @@ def _ranks(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _pearson(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
     a, b = a - np.average(a, weights=weight), b - np.average(b, weights=weight)
     scale = np.sqrt(np.average(a * a, weights=weight) * np.average(b * b, weights=weight))
-    return float(np.average(a * b, weights=weight) / scale) if scale > 0 else float("nan")
+    return float(np.average(a * b, weights=weight) / scale)
 
 
 def adjusted_rand_index(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
     """ARI of two clusterings (Hubert and Arabie 1985), each row counted ``weight`` times: 1 the same, 0 by chance."""
-    columns = int(b.max()) + 1
-    table = np.bincount(a.astype(np.int64) * columns + b, weights=weight, minlength=(int(a.max()) + 1) * columns)
-    table = table.reshape(-1, columns)
+    a, b = (np.unique(labels, return_inverse=True)[1].astype(np.int64) for labels in (a, b))
 
-    def pairs(counts: np.ndarray) -> float:
+    def pairs(labels: np.ndarray) -> float:
+        counts = np.bincount(labels, weights=weight)
         return float((counts * (counts - 1) / 2).sum())
 
-    both, first, second = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    expected = first * second / pairs(table.sum(keepdims=True))
+    cells = np.unique(a * len(a) + b, return_inverse=True)[1]
+    both, first, second, every = pairs(cells), pairs(a), pairs(b), pairs(np.zeros_like(a))
+    if every == 0:  # a single sample
+        return 1.0
+    expected = first * second / every
     highest = (first + second) / 2
     return (both - expected) / (highest - expected) if highest != expected else 1.0
 
 
 def lengthened(correlation: float, factor: float) -> float:
-    """Spearman-Brown: the correlation that means over ``factor`` times as many runs would have."""
-    return factor * correlation / (1 + (factor - 1) * correlation)
+    """Spearman-Brown: the correlation that means over ``factor`` times as many runs would have.
+
+    One of zero or less stays: a mean of noise is noise.
+    """
+    return correlation if correlation <= 0 else factor * correlation / (1 + (factor - 1) * correlation)
 
 
 @dataclass(frozen=True)
@@ -105,12 +118,13 @@ def of_runs(done: Estimate, weight: np.ndarray, recipe: Recipe) -> dict[str, Any
         "spearman_expected": None,
     }
     runs, draw = done.runs, np.random.default_rng(0)
+    rows = np.arange(len(weight))
+    if len(rows) > ROWS:
+        rows = np.sort(draw.choice(rows, ROWS, replace=False))
+    weight = weight[rows]
+    single = [done.mean([run])[rows] for run in range(runs)]
+    equal = all(_constant(frequency, weight) for frequency in single)
     if runs > 1:
-        rows = np.arange(len(weight))
-        if len(rows) > ROWS:
-            rows = np.sort(draw.choice(rows, ROWS, replace=False))
-        weight = weight[rows]
-        single = [done.mean([run])[rows] for run in range(runs)]
         pairs = [(i, j) for i in range(runs) for j in range(i)]
         pairs = [pairs[i] for i in draw.permutation(len(pairs))[:_PAIRS]]
         measured["spearman_between_seeds"] = _mean(spearman(single[i], single[j], weight) for i, j in pairs)
@@ -129,13 +143,17 @@ def of_runs(done: Estimate, weight: np.ndarray, recipe: Recipe) -> dict[str, Any
     elif done.exact:
         measured["spearman_between_seeds"] = measured["spearman_expected"] = 1.0
     measured = {key: round(x, 4) if isinstance(x, float) else x for key, x in measured.items()}
-    measured["verdict"] = verdict(measured, done.exact)
+    # One run of several clusters may be even by chance.
+    equal = equal and (runs > 1 or done.exact or done.clustering is None or done.clustering.sizes.shape[1] == 1)
+    measured["verdict"] = verdict(measured, done.exact, equal)
     return measured
 
 
-def verdict(measured: dict[str, Any], exact: bool = False) -> str:
-    """One line for people."""
+def verdict(measured: dict[str, Any], exact: bool = False, equal: bool = False) -> str:
+    """One line for people. ``equal``: every sample has the same frequency, in every run."""
     expected = measured["spearman_expected"]
+    if equal:
+        return "all frequencies are equal: nothing to be unstable (and nothing to schedule by)"
     if exact:
         return "steady: every sample was compared with every other, no seed is involved"
     if expected is None:
@@ -156,7 +174,8 @@ def of_recipe(
     Returns:
         :func:`of_runs`'s keys, with ``spearman_disjoint_seeds`` (this recipe against itself with the next seeds),
         ``spearman_data_halves`` and, given ``shifts`` (``shift_min``, ``shift_max``), ``moved_seeds`` and
-        ``moved_data_halves``: mean and 95th percentile of the change of a sample's temperature.
+        ``moved_data_halves``: mean and 95th percentile of the change of a sample's temperature. Those of the halves are
+        ``None`` where half of the samples cannot fill as many clusters.
     """
     first = estimate(points, weight, recipe, hashes, with_cluster=False)
     measured = of_runs(first, weight, recipe)
@@ -165,14 +184,16 @@ def of_recipe(
         second = estimate(points, weight, replace(recipe, seed=recipe.seed + recipe.runs), hashes, with_cluster=False)
     measured["spearman_disjoint_seeds"] = spearman(first.frequency, second.frequency, weight)
     half = np.random.default_rng(recipe.seed).binomial(weight.astype(np.int64), 0.5)
-    halves = [
-        estimate(points, part.astype(float), recipe, hashes, with_cluster=False).frequency
-        for part in (half, weight - half)
-    ]
-    measured["spearman_data_halves"] = spearman(halves[0], halves[1], weight)
+    halves = [part.astype(float) for part in (half, weight - half)]
+    fewest = min(np.count_nonzero(part) for part in halves)
+    measured["spearman_data_halves"] = measured["moved_data_halves"] = None
     if shifts is not None:
         measured["moved_seeds"] = vars(moved(first.frequency, second.frequency, weight, *shifts))
-        measured["moved_data_halves"] = vars(moved(halves[0], halves[1], weight, *shifts))
+    if fewest >= (recipe.clusters if recipe.estimator == "kmeans" else 1):
+        one, other = (estimate(points, part, recipe, hashes, with_cluster=False).frequency for part in halves)
+        measured["spearman_data_halves"] = spearman(one, other, weight)
+        if shifts is not None:
+            measured["moved_data_halves"] = vars(moved(one, other, weight, *shifts))
     return measured
 
 

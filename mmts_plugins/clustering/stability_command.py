@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
-from ..errors import ConfigError, MMTSError, TableError, cause
+from ..errors import ConfigError, MMTSError, TableError, cause, shown
 from ..presets import MAX_MARGIN, PRESETS
 from . import command
 
@@ -92,6 +92,7 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         source = command.source_of(options)
         samples = read_samples(source, [options.images] if options.images else ())
         refuse_blank(samples.captions, source.data, options.keep_blank)
+        command.warn(samples.notes)
         data = command.prepare(options, samples.captions, source.data, samples.labels)
         recipe = resolve(data.points, command.recipe_of(options))
         preset = PRESETS[args.preset]
@@ -99,7 +100,7 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             data.points, data.weight, recipe, data.hashes, (preset.shift_min, preset.shift_max)
         )
     except ImportError as error:
-        raise MMTSError(f"mmts stability needs {error.name}: pip install 'mmts-plugins[cluster]'") from error
+        raise MMTSError(f"mmts stability needs {error.name or error}: pip install 'mmts-plugins[cluster]'") from error
     measured.update(recipe=recipe.record(), encoder=data.encoder, preset=args.preset)
     facts = [("recipe", f"{recipe.describe()}, {data.encoder}")]
     if measured["ari"] is not None:
@@ -113,11 +114,16 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             "disjoint seeds",
             f"rank correlation {measured['spearman_disjoint_seeds']:.3f} between this recipe and itself",
         ),
-        ("halves of the data", f"rank correlation {measured['spearman_data_halves']:.3f}"),
         (_what(args.preset), _moved(measured["moved_seeds"], "with other seeds")),
-        ("", _moved(measured["moved_data_halves"], "between halves of the data")),
-        ("verdict", measured["verdict"]),
     ]
+    if measured["moved_data_halves"] is None:
+        facts.append(("halves of the data", "not measured: too few captions in either half for as many clusters"))
+    else:
+        facts += [
+            ("halves of the data", f"rank correlation {measured['spearman_data_halves']:.3f}"),
+            ("", _moved(measured["moved_data_halves"], "between halves of the data")),
+        ]
+    facts.append(("verdict", measured["verdict"]))
     return measured, [f"{name:<20} {value}" for name, value in facts]
 
 
@@ -132,6 +138,8 @@ def _tables(paths: list[str], preset_name: str) -> tuple[dict[str, Any], list[st
                 f"{paths[0]}: its stability was not measured when it was made; name a second table of the same "
                 "captions, or measure the recipe: mmts stability DATA ..."
             )
+        if not isinstance(stored, dict):
+            raise TableError(f"{paths[0]}: its stability is {shown(stored)}, not a mapping (by another tool?)")
         return stored, [f"{name:<24} {value}" for name, value in stored.items()]
     pairs = {}
     lines = [f"{'tables':<48} {'ARI':>6} {'rank':>6}   {_what(preset_name)} moves"]

@@ -14,11 +14,12 @@ hashes, so that it does not depend on how the input is cut.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 
 from .._files import replacing
 from ..clusters import ClusterTable
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, reading
 from . import cache, kmeans
 from .encoders import TextEncoder
 from .estimate import Recipe
@@ -37,6 +38,8 @@ from .sources import Source, caption_batches
 
 BUCKETS = 256  # hash ranges that an input file is split into
 PART_ROWS = 262_144  # captions of a part before duplicates across input files are merged
+
+_DAMAGED = "a damaged part; delete it and run the same command again"
 
 STAGES = ("count", "merge", "sample", "assign", "finish")
 
@@ -65,11 +68,12 @@ class Job:
         Raises:
             ConfigError: it holds another run's files.
         """
-        wanted = json.loads(json.dumps({**asdict(self), "units": units, "sizes": [_size(unit) for unit in units]}))
+        wanted = json.loads(json.dumps({**asdict(self), "units": units, "files": [_stamp(unit) for unit in units]}))
         wanted.pop("folder")
         path = Path(self.folder) / "job.json"
         if path.exists():
-            found = json.loads(path.read_text())
+            with reading(path, "a damaged note of an unfinished run; delete its folder"):
+                found = dict(json.loads(path.read_text()))
             differ = sorted(key for key in wanted if wanted[key] != found.get(key))
             if differ:
                 raise ConfigError(
@@ -81,9 +85,13 @@ class Job:
             temporary.write_text(json.dumps(wanted))
 
 
-def _size(unit: str) -> Optional[int]:
-    path = Path(unit.rpartition("#")[0] or unit)
-    return path.stat().st_size if path.exists() else None
+def _stamp(unit: str) -> Optional[tuple[int, int]]:
+    """Size and time of the input file: they tell one that was changed in between."""
+    path = unit.rpartition("#")[0] or unit
+    if not os.path.exists(path):
+        return None
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns
 
 
 class Worker:
@@ -127,7 +135,8 @@ class Worker:
             return
         batches = []
         for unit in range(units):
-            with _opened(self.job.path("count", unit, ".arrow")) as reader:
+            path = self.job.path("count", unit, ".arrow")
+            with reading(path, _DAMAGED), _opened(path) as reader:
                 batches += [reader.get_batch(bucket) for bucket in range(*buckets)]
         table = (
             pa.Table.from_batches(batches).group_by(["key", "hash"], use_threads=False).aggregate([("count", "sum")])
@@ -142,7 +151,7 @@ class Worker:
         target = self.job.path("sample", part, ".npy")
         if target.exists() or not wanted:
             return
-        rows = np.load(self.job.path("chosen", part, ".npy"), allow_pickle=False)
+        rows = _load(self.job.path("chosen", part, ".npy"))
         pieces = []
         for start, keys in self._chunks(part):
             inside = rows[(rows >= start) & (rows < start + len(keys))] - start
@@ -157,7 +166,7 @@ class Worker:
         target = self.job.path("assign", part)
         if target.exists():
             return
-        centres = np.load(Path(self.job.folder) / "centres.npy", allow_pickle=False)
+        centres = _load(Path(self.job.folder) / "centres.npy")
         labels = []
         for _, keys in self._chunks(part):
             points = Rows(self._embed(keys))
@@ -170,7 +179,7 @@ class Worker:
         target = Path(output) / f"part-{part:06d}.parquet"
         if target.exists():
             return
-        sizes = np.load(Path(self.job.folder) / "sizes.npy", allow_pickle=False)
+        sizes = _load(Path(self.job.folder) / "sizes.npy")
         merged, labels = read_part(self.job.path("merge", part)), read_part(self.job.path("assign", part))
         frequency = np.zeros(len(merged))
         for run, column in enumerate(labels.columns):
@@ -186,7 +195,7 @@ class Worker:
     def _chunks(self, part: int) -> Iterator[tuple[int, list[str]]]:
         start = 0
         path = self.job.path("merge", part)
-        with open_part(path) as file:
+        with reading(path, _DAMAGED), open_part(path) as file:
             for group in range(file.num_row_groups):
                 keys = file.read_row_group(group, columns=["key"])["key"].to_pylist()
                 yield start, keys
@@ -214,31 +223,35 @@ def open_part(path: Path) -> pq.ParquetFile:
     Raises:
         MMTSError: it is truncated or missing, which a stage never leaves behind by itself.
     """
-    try:
+    with reading(path, _DAMAGED):
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise MMTSError(f"{path}: a damaged part ({error}); delete it and run the same command again") from error
 
 
 def read_part(path: Path, columns: Optional[list[str]] = None) -> pa.Table:
     """All of :func:`open_part`."""
-    with open_part(path) as file:
+    with reading(path, _DAMAGED), open_part(path) as file:
         return file.read(columns=columns)
 
 
+def _load(path: Path) -> np.ndarray:
+    with reading(path, _DAMAGED):
+        return cast(np.ndarray, np.load(path, allow_pickle=False))
+
+
 def _opened(path: Path) -> pa.ipc.RecordBatchFileReader:
-    try:
+    with reading(path, _DAMAGED):
         return pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowException, OSError) as error:
-        raise MMTSError(f"{path}: a damaged part ({error}); delete it and run the same command again") from error
 
 
 def plan_merge(job: Job, units: int) -> list[tuple[int, int]]:
     """Ranges of buckets with about ``part_rows`` captions each."""
     rows = np.zeros(BUCKETS, np.int64)
     for unit in range(units):
-        with _opened(job.path("count", unit, ".arrow")) as reader:
+        path = job.path("count", unit, ".arrow")
+        with reading(path, _DAMAGED), _opened(path) as reader:
             rows += [reader.get_batch(bucket).num_rows for bucket in range(BUCKETS)]
+    if not rows.any():
+        raise MMTSError(f"{job.source.data}: holds no samples (read as {job.source.resolved_format()})")
     ranges, low = [], 0
     for bucket in range(BUCKETS):
         if bucket > low and rows[low : bucket + 1].sum() > job.part_rows:
