@@ -15,7 +15,7 @@ from ..config import SMALLEST_CALM_TEMPERATURE, merge, read_record
 from ..errors import ConfigError
 from ..plan import Plan, named_table, read_table
 from ..presets import INFONCE
-from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, save, style
+from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, literal, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,10 +91,11 @@ def plot(plans: Sequence[Plan], path: Path) -> None:
         part.legend(*axes["run"].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False,
                     fontsize=9)  # fmt: skip
         values = plan.values
-        title = f"{plan.name}: {values['loss']}, alpha {values['alpha']:g}, shifts {values['shift_min']:g} to "
+        title = f"{literal(plan.name)}: {values['loss']}, alpha {values['alpha']:g}, shifts {values['shift_min']:g} to "
         part.suptitle(f"{title}{values['shift_max']:g}", fontsize=11, fontweight="bold", x=0.01, ha="left")
         if plan.problem:
-            axes["run"].set_title("\n".join(textwrap.wrap(plan.problem, 84)), fontsize=8.5, color=FORBIDDEN, loc="left")
+            lines = [literal(line, 84) for line in textwrap.wrap(plan.problem, 84)]
+            axes["run"].set_title("\n".join(lines), fontsize=8.5, color=FORBIDDEN, loc="left")
     save(figure, path)
 
 
