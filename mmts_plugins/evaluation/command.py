@@ -177,15 +177,16 @@ def _record(args: argparse.Namespace, result: Result) -> dict[str, Any]:
         "table_hash": result.table_hash,
         "bootstrap": {"resamples": args.resamples, "seed": args.seed, "level": 0.95},
         "notes": result.notes,
-        "versions": {"mmts-plugins": __version__, **{name: _version(name) for name in packages}},
+        "versions": {"mmts-plugins": __version__, **{name: installed_version(name) for name in packages}},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _version(package: str) -> Optional[str]:
+def installed_version(package: str) -> Optional[str]:
+    """Its version, where there is a package of that name and not only a checkout on the path."""
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a checkout on the path
+    except metadata.PackageNotFoundError:
         return None
 
 

@@ -167,8 +167,8 @@ def _run_report(args: argparse.Namespace) -> int:
 
     check_matplotlib()
     _check_folder(args.output, args.force)
-    if args.sample < 1 or args.seed < 0:
-        raise ConfigError("--sample must be at least 1, --seed at least 0")
+    if args.sample < 1 or not 0 <= args.seed < 2**32:
+        raise ConfigError("--sample must be at least 1, --seed at least 0 and below 2^32")
     for path in args.inputs:
         if not Path(path).exists():
             raise ConfigError(f"{path}: no such table or run")

@@ -14,13 +14,13 @@ from .._files import replacing
 from ..clusters import CAPTION
 from ..config import FILE_NAME, THIRDS
 from ..errors import ConfigError, MMTSError, one_line, reading
-from ..fields import NUMBER, SWITCH, TEXT, WHOLE, Field, check_mapping
+from ..fields import SWITCH, TEXT, WHOLE, Field, check_mapping
 from ..plan import Plan, named_table
 from ..presets import INFONCE, MAX_MARGIN
 from .logs import Metric, Score, TrainingLog, read_run
 from .page import Page, number, slugs
 from .plots import HEAD, MIDDLE, MOST_PANELS, PLAIN, SERIES, TAIL, legend_above, literal, new_figure, save
-from .schedule import draw_run
+from .schedule import SCHEDULED, draw_run
 
 _COLOUR_OF_THIRD = dict(zip(THIRDS, (HEAD, MIDDLE, TAIL)))
 _PERCENT = re.compile(r"R@\d+$|mAP|nDCG|top\d$|accuracy|class_mean|mean_recall")
@@ -31,14 +31,9 @@ _CLOSE = 1e-6  # of logged and configured base temperature; float32 or a printed
 _PLOTTED_THIRDS = 4
 _PLOTTED_METRICS = 100
 _TALLEST = 60  # inches of a figure
-_EXTREME = 1e3  # no shift and no amplitude, in units of a cosine similarity
 _PLANNED = {
+    **SCHEDULED,
     "loss": Field(TEXT, choices=(INFONCE, MAX_MARGIN)),
-    "alpha": Field(NUMBER, least=0, most=_EXTREME),
-    "shift_min": Field(NUMBER, least=-_EXTREME, most=_EXTREME),
-    "shift_max": Field(NUMBER, least=-_EXTREME, most=_EXTREME),
-    "num_oscillations": Field(NUMBER, null=True, above=0, most=1e9),
-    "period": Field(NUMBER, null=True, least=1e-3),
     "no_schedule": Field(SWITCH),
     "no_shifts": Field(SWITCH),
     "total_steps": Field(WHOLE, least=1),
