@@ -89,7 +89,8 @@ def evaluate(args: argparse.Namespace) -> Result:
 
 def _ek100(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
     annotations = relevancy.read_ek100(args.ek100, args.ek100_sentences, args.label_column or "noun_class")
-    images, texts = _features(args.image_features, "--image-features"), _features(args.text_features, "--text-features")
+    images = _features(args.image_features, "--image-features")
+    texts = _features(args.text_features, "--text-features", images, args.image_features)
     clips, captions = len(annotations.labels), len(annotations.captions)
     _check_rows(args.image_features, len(images), clips, f"clips in {args.ek100}")
     if len(texts) == clips:  # as AVION has them: one text per clip
@@ -108,7 +109,8 @@ def _ek100(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
 
 
 def _bare_features(args: argparse.Namespace) -> Task:
-    images, texts = _features(args.image_features, "--image-features"), _features(args.text_features, "--text-features")
+    images = _features(args.image_features, "--image-features")
+    texts = _features(args.text_features, "--text-features", images, args.image_features)
     owner = np.arange(len(texts))
     if args.text_image:
         owner = _read_index(args.text_image, len(texts), len(images))
@@ -171,10 +173,10 @@ def _saved(args: argparse.Namespace, samples: sets.Samples, names: Sequence[str]
     _check_rows(args.image_features, len(images), len(samples.images), f"images in {args.data}")
     task = Task(images)
     if not args.no_retrieval:
-        task.texts = _features(args.text_features, "--text-features")
+        task.texts = _features(args.text_features, "--text-features", images, args.image_features)
         _check_rows(args.text_features, len(task.texts), len(samples.captions), f"captions in {args.data}")
     if names:
-        task.classes = _features(args.class_features, "--class-features")
+        task.classes = _features(args.class_features, "--class-features", images, args.image_features)
         _check_rows(args.class_features, len(task.classes), len(names), f"classes in {args.classes}")
     return task
 
@@ -196,9 +198,12 @@ def _encoded(args: argparse.Namespace, samples: sets.Samples, names: Sequence[st
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def _features(path: str, flag: str) -> torch.Tensor:
+def _features(path: str, flag: str, images: Optional[torch.Tensor] = None, of: str = "") -> torch.Tensor:
+    """``[n, D]`` L2-normalised float32, as wide as ``images``, which came from the file ``of``."""
     points = np.asarray(read_embeddings(path, flag=flag))
     points = points.astype(np.result_type(points.dtype, np.float32))  # whole numbers become float64
+    if images is not None and points.shape[1] != images.shape[1]:
+        raise MMTSError(f"{path}: {points.shape[1]} dimensions, but {of} has {images.shape[1]} ({flag})")
     largest = np.abs(points).max(axis=1)
     if not largest.all():
         raise MMTSError(f"{path}: row {int(largest.argmin())} (counting from 0) is all zeros ({flag})")
