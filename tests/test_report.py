@@ -7,6 +7,7 @@ import csv
 import html
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from mmts_plugins.errors import ConfigError, MMTSError
 from mmts_plugins.plan import Plan, named_table, resolve_for
 from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
 from mmts_plugins.report import concepts, logs, plots, run, schedule, table
+from mmts_plugins.report.page import escaped, slugs
 from mmts_plugins.runtime import Runtime
 
 pytest.importorskip("matplotlib")
@@ -431,6 +433,10 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 # --- reading runs -----------------------------------------------------------------------------------------------------
 
 
+ODD_NAMES = ["$x_1^2$", "_hidden", "a\\b {c} $", "<b>&\"'", "新しい実行", "two\nlines \u202e", "x" * 120, "y" * 120,
+             " ", "café", "cafe\u0301", os.fsdecode(b"caf\xe9")]  # fmt: skip
+
+
 def score(value: float, **thirds: float) -> dict[str, Any]:
     """As ``mmts eval`` writes it."""
 
@@ -459,7 +465,8 @@ def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (
                 "alignment": 1 - step / 100}  # fmt: skip
         lines.append(json.dumps({name: value for name, value in line.items() if name not in skip}))
     (checkpoints / "mmts.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "params.txt").write_text(f"batch_size: 8\nepochs: 2\nlr: {changes.get('alpha', 0.1)}\nname: {folder}\n")
+    (folder / "params.txt").write_text(f"batch_size: 8\nepochs: 2\nlr: {changes.get('alpha', 0.1)}\nname: {folder}\n",
+                                       errors="surrogateescape")  # fmt: skip
     recall = score(0.4, head=0.5, mid=0.4, tail=0.3)
     metrics = {"image_to_text_R@1": recall, "image_to_text_median_rank": score(3.0)}
     (folder / "mmts_eval.json").write_text(json.dumps({"format": 1, "metrics": metrics}))
@@ -506,6 +513,148 @@ def test_logs_are_read_as_they_were_left(made: Path, tmp_path: Path) -> None:
     for inside in (folder / "checkpoints", folder / "checkpoints" / "mmts.yaml"):
         again = logs.read_run(inside)
         assert (again.name, again.metrics.keys()) == ("a", found.metrics.keys())
+
+
+def test_a_half_line_takes_nothing_with_it(made: Path, tmp_path: Path) -> None:
+    """A killed run's last line has no end, and older versions wrote on behind it."""
+    folder = make_run(tmp_path / "a", made)
+    log = folder / "checkpoints" / "mmts.jsonl"
+    log.write_text('{"step": 0, "loss": 4.0}\n{"step": 10, "lo{"step": 20, "loss": 3.0}\n\0\0\n{"step": 30, "loss": 2.')
+    found = logs.read_run(folder)
+    assert found.series["loss"].tolist() == [[0, 4.0], [20, 3.0]]
+    assert found.notes == ["mmts.jsonl: 3 line(s) could not be read and were left out"]
+
+
+def test_the_record_is_found_beside_params_txt_and_among_older_checkpoints(made: Path, tmp_path: Path) -> None:
+    old, new, both = (make_run(tmp_path / name, made) for name in ("old", "new", "both"))
+    for name in ("mmts.yaml", "mmts.jsonl"):
+        (new / "checkpoints" / name).rename(new / name)
+    (both / "checkpoints" / "mmts.yaml").rename(both / "mmts.yaml")  # resumed after an update
+    (both / "checkpoints" / "mmts.yaml").write_text("alpha: 9\n")
+    (both / "mmts.jsonl").write_text('{"step": 90, "total_steps": 100, "loss": 0.5}\n')
+    expected = logs.read_run(old)
+    assert (expected.record["alpha"], len(expected.series["loss"])) == (0.04, 10)
+    for given in (new, new / "mmts.yaml", new / "checkpoints", both):
+        found = logs.read_run(given)
+        assert {**found.record, "clusters": ""} == {**expected.record, "clusters": ""}, given
+        assert found.record_path == found.record_path.parent / "mmts.yaml"
+        assert found.record_path.parent.name == found.name == given.relative_to(tmp_path).parts[0]
+        assert found.series["loss"][:9].tolist() == expected.series["loss"][:9].tolist()
+        assert found.series["loss"][9].tolist() == [90, 0.5 if given == both else 2.2]
+        assert found.notes == []
+    assert report(old, new, both, "-o", tmp_path / "out") == 0
+    assert text_of(tmp_path / "out").count("is the configured cosine at all 10 logged steps") == 3
+
+
+LOG = "2026 | INFO | Train Epoch: {} [ 8/48 ({}%)] LR: 0.1 Logit Scale: {} Loss: {} (2.5)\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "series"),
+    [
+        (LOG.format(0, 50, "0.000", "2.5"), {"loss": [[50, 2.5]]}),  # one over nothing is no temperature
+        (LOG.format(0, 50, "nan", "3.5"), {"loss": [[50, 3.5]]}),
+        (LOG.format(0, 50, "20", "inf"), {"learned_temperature": [[50, 0.05]]}),
+        (LOG.format(0, 50, "20", "1e300"), {"learned_temperature": [[50, 0.05]]}),
+        (LOG.format(0, 50, "1.2.3", "2.5"), {}),
+        (LOG.format(0, 50, "20", "n-a"), {}),
+        (LOG.format("9" * 5000, 50, "20", "2.5"), {}),
+        (LOG.format(0, "9" * 5000, "20", "2.5"), {}),
+        (LOG.format(0, 50, "2" * 5000, "2.5"), {"loss": [[50, 2.5]]}),
+        (LOG.format("٣", 50, "20", "2.5"), {}),
+        ("Train Epoch: 1 [(" * 100_000 + "\n", {}),
+    ],
+)
+def test_a_line_that_is_odd_costs_itself_alone(line: str, series: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "params.txt").write_text("epochs: 1\n")
+    (tmp_path / "out.log").write_bytes(b"\x00\xff\n" + line.encode() + LOG.format(1, 0, "10.0", "1.5").encode())
+    found = logs.read_run(tmp_path).series
+    expected = {"loss": [[100, 1.5]], "learned_temperature": [[100, 0.1]]}
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: series.get(name, []) + last for name, last in expected.items()
+    }
+
+
+def test_a_resumed_log_goes_on_where_it_was_resumed(tmp_path: Path) -> None:
+    epochs = ((0, 50, 4.0), (1, 50, 3.0), (1, 90, 9.0), (1, 0, 3.5), (1, 50, 2.5), (2, 0, 2.0))
+    lines = [LOG.format(epoch, percent, "20", loss) for epoch, percent, loss in epochs]
+    (tmp_path / "out.log").write_text("".join(lines))
+    (tmp_path / "params.txt").write_text("epochs: ²\n")
+    assert logs.read_run(tmp_path).series["loss"].tolist() == [[25, 4.0], [50, 3.5], [75, 2.5], [100, 2.0]]
+
+
+def test_steps_and_values_that_are_none_are_left_out(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    lines = [{"step": 0, "total_steps": 10, "loss": 1, "x\ny": 2, "flag": True, "text": "1", "deep": [[1]]},
+             {"step": 1.5, "loss": 7}, {"step": -1, "loss": 7}, {"step": 10**30, "loss": 7}, {"step": "2", "loss": 7},
+             {"step": True, "loss": 7}, {"loss": 7}, {"step": 5.0, "loss": 10**400}, [1], 3,
+             {"step": 99, "loss": 2, "total_steps": 10}]  # fmt: skip
+    (folder / "checkpoints" / "mmts.jsonl").write_text(
+        "\n".join([*(json.dumps(line) for line in lines), "[" * 100_000, '{"step": ' + "9" * 5000 + "}"])
+    )
+    found = logs.read_run(folder)
+    assert {name: values.tolist() for name, values in found.series.items()} == {
+        "loss": [[0, 1], [99, 2]], "x y": [[0, 2]]}  # fmt: skip
+    assert found.notes == ["mmts.jsonl: 10 line(s) could not be read and were left out",
+                           "the loss is not a finite number from step 5 on: the training diverged"]  # fmt: skip
+
+
+def test_a_record_that_is_odd_is_shown_and_draws_nothing(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    path = folder / "checkpoints" / "mmts.yaml"
+    good = path.read_text()
+    bomb = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+        f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefghij", "bcdefghijk")
+    )
+    for changes, said in [
+        ("alpha: .nan\n", "'alpha' is nan: it must be a finite number"),
+        ("alpha: 1.0e+300\n", "'alpha' is 1e+300: it must be at most 1000"),
+        ("total_steps: 1.0e+400\n", "'total_steps' is inf: it must be a whole number"),
+        ("shift_min: [1]\n", "'shift_min' is '[1]': it must be a number"),
+        ("clusters: 7\n", "'clusters' is 7: it must be text"),
+        ("shift_min: 0.5\n", "shift_min 0.5 is above shift_max 0.1"),
+        ("period: 0\n", "'period' is 0: it must be 0.001 or above"),
+        (bomb, ""),
+        ("2001-01-01: 2002-02-02\n3: {x: 1}\n", ""),
+    ]:
+        path.write_text(good + changes)
+        out = tmp_path / "out"
+        assert report(folder, "-o", out, "--force") == 0
+        assert ("does not describe a schedule" in text_of(out)) == bool(said)
+        assert said in text_of(out)
+        assert (out / "model_card.md").is_file()
+    assert "2001-01-01 datetime.date(2002, 2, 2)" in text_of(out)
+    assert "3 {'x': 1}" in text_of(out)
+    path.write_text(good + "x: [")
+    with pytest.raises(ConfigError, match=r"mmts\.yaml"):
+        logs.read_run(folder)
+
+
+def test_results_that_are_odd_are_notes(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    for name, text in {
+        "deep": "[" * 100_000,
+        "list": '{"metrics": [1]}',
+        "no": "{}",
+        "null": "null",
+        "bytes": "\0",
+    }.items():
+        (folder / f"mmts_eval_{name}.json").write_text(text)
+    (folder / "mmts_eval_bytes.json").write_bytes(b"\xff\xfe")
+    (folder / "mmts_eval_folder.json").mkdir()
+    (folder / ".mmts_eval.json.x1y2.tmp").write_text('{"metrics": {"stale": 1}}')  # of a command that was killed
+    entries = {"nan": math.nan, "huge": 10**400, "a\nb": 1, "none": None, "text": "1", "list": [1], "flag": True,
+               "upside": {"value": 0.5, "low": 0.9, "high": 0.1}, "half": {"value": 0.5, "low": 0.4}}  # fmt: skip
+    (folder / "mmts_eval.json").write_text(json.dumps({"metrics": entries}))
+    found = logs.read_run(folder)
+    assert {name: metric.score for name, metric in found.metrics.items()} == {
+        "eval: a b": logs.Score(1.0), "eval: upside": logs.Score(0.5), "eval: half": logs.Score(0.5)}  # fmt: skip
+    assert found.notes[:2] == ["mmts_eval.json: eval: nan is not a finite number and was left out",
+                               "mmts_eval.json: eval: huge is not a finite number and was left out"]  # fmt: skip
+    refused = [note.split(": not a result of mmts eval: ") for note in found.notes[2:]]
+    assert [name for name, _ in refused] == [f"mmts_eval_{name}.json" for name in (
+        "bytes", "deep", "folder", "list", "no", "null")]  # fmt: skip
+    assert all(why.endswith("; left out") for _, why in refused)
 
 
 def test_a_plain_openclip_run_is_read(tmp_path: Path) -> None:
@@ -570,6 +719,120 @@ def test_report_of_two_runs(made: Path, tmp_path: Path) -> None:
     )
     assert "@article{sheludzko2026mmts," in card
     assert (out / "model_card_two_i_.md").exists()
+
+
+def texts_of(figure: Any) -> list[str]:
+    """Everything written in a figure, as a reader sees it; none of it may be a formula."""
+    from matplotlib import cbook
+    from matplotlib.text import Text
+
+    figure.canvas.draw()
+    found = [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
+    assert not [text for text in found if cbook.is_math_text(text)]
+    return [text.replace(r"\$", "$") for text in found]
+
+
+@pytest.mark.filterwarnings("error")
+def test_report_of_odd_names(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page of twelve runs whose names are formulas, HTML, hidden labels, of other scripts, alike, or no text."""
+    figures: dict[str, list[str]] = {}
+    legends: dict[str, list[str]] = {}
+
+    def save(figure: Any, path: Path) -> None:
+        figures[path.name] = texts_of(figure)
+        legends[path.name] = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        plots.save(figure, path)
+
+    monkeypatch.setattr(run, "save", save)
+    folders = [make_run(tmp_path / name, made, alpha=0.001 * place) for place, name in enumerate(ODD_NAMES, 1)]
+    metric = {"$R$_<i>@1: `x`|*y* mAP": score(0.4), "_mAP": score(0.2)}
+    for folder in folders:
+        (folder / "mmts_eval.json").write_text(json.dumps({"metrics": metric}))
+        (folder / "params.txt").write_text("data: <script>$x$\u2028\n")
+        with (folder / "checkpoints" / "mmts.jsonl").open("a") as log:
+            log.write('{"step": 90, "$y$": 1}\n{"step": 95, "$y$": 2}\n')
+    out = tmp_path / "out"
+    assert report(*folders, "-o", out) == 0
+    page = (out / "report.html").read_bytes().decode("utf-8")
+    for forbidden in ("<i>", "<b>", "<script>", "\udce9"):
+        assert forbidden not in page
+    shown = ["$x_1^2$", "_hidden", "a\\b {c} $", "<b>&\"'", "新しい実行", "two lines \\u202e", "x" * 120, "y" * 120,
+             "run", "café", "cafe\u0301", "caf\\udce9"]  # fmt: skip
+    heads = html.unescape(page.split("<h2>Configuration</h2>")[1].split("</thead>")[0])
+    assert re.findall("<th>(.*?)</th>", heads) == ["", *shown]
+    labels = [*shown[:4], r"\u65b0\u3057\u3044\u5b9f\u884c", shown[5], "x" * 13 + "…" + "x" * 26,
+              "y" * 13 + "…" + "y" * 26, *shown[8:]]  # fmt: skip
+    labels[1] = " _hidden"  # legends leave out what starts with an underscore
+    for name in ("loss.png", "metrics.png", "diagnostics.png"):
+        assert [label.replace(r"\$", "$") for label in legends[name]] == labels, name
+    assert {label for label in labels if label.strip()} <= set(figures["schedule.png"])
+    assert " $R$ <i>@1: `x`|*y* mAP".strip() in [text.strip() for text in figures["metrics.png"]]
+    assert "$y$" in figures["diagnostics.png"]
+    cards = sorted(path.name for path in out.glob("model_card_*.md"))
+    assert len(cards) == len(ODD_NAMES)
+    assert {"model_card__x_1_2_.md", f"model_card_{'x' * 48}.md", "model_card_caf_udce9.md"} <= set(cards)
+    card = (out / "model_card__x_1_2_.md").read_text(encoding="utf-8")
+    assert r"| \$R\$ \<i\>@1: \`x\`\|\*y\* mAP | 40.0 [35.0, 45.0] |" in card
+
+
+def test_report_of_many_values_and_metrics(made: Path, tmp_path: Path) -> None:
+    """A figure has its limits, and says what it leaves out; tables hold everything."""
+    folder = make_run(tmp_path / "one", made)
+    lines = [json.dumps({"step": step, **{f"value{number:03d}": step for number in range(300)}}) for step in (1, 2)]
+    (folder / "mmts.jsonl").write_text("\n".join(lines))
+    metrics = {f"set{number}: R@1": number / 300 for number in range(300)}
+    (folder / "mmts_eval.json").write_text(json.dumps({"metrics": metrics}))
+    assert report(folder, "-o", tmp_path / "out") == 0
+    page = page_of(tmp_path / "out")
+    assert "value020, value021; the first 24 of 302 values." in page
+    assert "set99: R@1 one 33.0; the first 100 of 300 metrics." in page
+    assert "<td>set299: R@1</td><td>99.7</td>" in page
+
+
+def test_a_figure_of_many_runs_leaves_some_out(tmp_path: Path) -> None:
+    runs = [logs.TrainingLog(str(number), {}, None, {"learned_temperature": np.array([[0, 0.1], [100, 0.2]])},
+                             np.empty(0), {}, {}) for number in range(30)]  # fmt: skip
+    said = run.plot_schedule(tmp_path / "s.png", runs, [None] * 30)
+    assert said is not None
+    assert said.startswith("the first 24 of 30 runs; 0: one learned temperature, 0.2000 at the end; 1: ")
+    assert "23: one" in said
+    assert "24: one" not in said
+
+
+def test_text_for_figures_and_file_names() -> None:
+    assert plots.literal("a$b") == r"a\$b"
+    assert plots.literal("_a\n$1 $2") == r" _a \$1 \$2"
+    assert plots.literal("0123456789" * 3, 12) == "0123…3456789"
+    assert plots.literal("é→新\ud83d") == r"é→\u65b0\ud83d"
+    assert slugs(["a b", "a_b", "A b", "a_b_2", "x" * 90, "/../", ""]) == [
+        "a_b", "a_b_2", "A_b_3", "a_b_2_2", "x" * 48, "_.._", ""]  # fmt: skip
+    assert escaped("a<b>&\"'\0\x1b\ud83d\n\tü") == "a&lt;b&gt;&amp;&quot;&#x27;\\x00\\x1b\\ud83d\n\tü"
+
+
+def test_a_report_is_whole_or_the_one_before(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a killed or failing command left, the page is a whole one, and the next command is not disturbed."""
+    folder, out = make_run(tmp_path / "one", made), tmp_path / "out"
+    assert report(folder, "-o", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    written: list[str] = []
+    whole = plots.save
+
+    def fails(figure: Any, path: Path) -> None:
+        if written:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path.name)
+        whole(figure, path)
+
+    with monkeypatch.context() as inside:
+        inside.setattr(run, "save", fails)
+        assert report(folder, "-o", out, "--force") == 2
+    assert written == ["schedule.png"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for name in (".report.html.a1.tmp", ".schedule.png.b2.tmp", ".model_card.md.c3.tmp"):
+        (out / name).write_text("half")
+    assert report(folder, "-o", out, "--force") == 0
+    for name, content in before.items():
+        assert (out / name).read_bytes() == content, name
 
 
 def test_report_compares_with_a_plain_run_and_names_what_is_none(made: Path, tmp_path: Path) -> None:

@@ -262,9 +262,13 @@ def _openclip(lines: Sequence[str], settings: dict[str, str], notes: list[str]) 
     diverged = [seen for seen in found if _diverged(seen.loss) or _diverged(seen.logit_scale)]
     if diverged:
         notes.append(f"the loss is not a finite number from epoch {diverged[0].epochs:g} on: the training diverged")
-    values = {
+    values: dict[str, list[tuple[float, float]]] = {
         "loss": [(seen.epochs, seen.loss) for seen in found],
-        "learned_temperature": [(seen.epochs, 1 / seen.logit_scale) for seen in found if seen.logit_scale > 0],
+        "learned_temperature": [
+            (seen.epochs, 1 / seen.logit_scale)
+            for seen in found
+            if _is_number(seen.logit_scale) and seen.logit_scale > 0
+        ],
     }
     return {
         name: np.array([[100 * at / epochs if epochs else 100.0, value] for at, value in known])
