@@ -293,6 +293,128 @@ def test_report_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(rows) == 8
 
 
+def cells_of(page: str, after: str) -> list[list[str]]:
+    """The rows of the first table behind ``after``."""
+    body = page.split(after)[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [[html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row)] for row in body.split("</tr>")[:-1]]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every figure that is written, by the name of its file."""
+    kept: dict[str, Any] = {}
+    for module in (run, table, schedule):
+        monkeypatch.setattr(module, "save", lambda figure, path: (kept.update({path.name: figure}),
+                                                                  plots.save(figure, path)))  # fmt: skip
+    return kept
+
+
+def test_report_of_a_table_that_can_be_reckoned_by_hand(tmp_path: Path, figures: dict[str, Any]) -> None:
+    """100 samples in clusters of 40, 30, 20 and 10; a third is 33 1/3 of them. Cluster 7 is the most common."""
+    keys, cluster, count = [], [], []
+    for size, number in ((10, 2), (40, 7), (20, 0), (30, 5)):  # one caption of all but one sample, and one of one
+        keys += [f"word{number} often", f"word{number} once"]
+        cluster += [number, number]
+        count += [size - 1, 1]
+    sizes = np.bincount(cluster, weights=count)
+    ClusterTable.build(keys, cluster, sizes[cluster], count).save(tmp_path / "t.parquet")
+    out = tmp_path / "out"
+    assert report(tmp_path / "t.parquet", "-o", out) == 0
+    page = page_of(out)
+    assert cells_of(page, "<h1>") == [
+        ["samples", "100"], ["distinct captions", "8"], ["clusters", "4"],
+        ["most common, rarest", "40 and 10 samples"], ["imbalance", "4 to 1"],
+        ["half of the samples", "in the 2 most common (50%)"],
+    ]  # fmt: skip
+    # Means of thirds: 40; 6 2/3 of 40 and 26 2/3 of 30; 3 1/3 of 30, 20 of 20 and 10 of 10.
+    assert cells_of(page, "Shift and temperature") == [
+        ["most common", "40", "0.1000", "0.0800", "0.1200"],
+        ["head third", "40", "0.1000", "0.0800", "0.1200"],
+        ["middle third", "32", "0.0867", "0.0667", "0.1067"],
+        ["tail third", "18", "0.0633", "0.0433", "0.0833"],
+        ["rarest", "10", "0.0500", "0.0300", "0.0700"],
+    ]
+    assert "shifts 0.05 to 0.1 (Eq. 6), alpha 0.04: every temperature moves by 0.02 up and down" in page
+    assert re.findall("<h3>(.*?)</h3>", page) == [
+        f"#{place}: word{number}, often, once" for place, number in enumerate((7, 5, 0, 2), 1)]  # fmt: skip
+    assert "40 samples, frequency 40; shift 0.1000, temperature 0.0800 to 0.1200" in page
+    assert "10 samples, frequency 10; shift 0.0500, temperature 0.0300 to 0.0700" in page
+    assert "92 of 100 samples (92.0%) repeat an earlier caption; 4 captions occur more than once." in page
+    assert cells_of(page, "repeat an earlier caption") == [
+        ["word7 often", "39"], ["word5 often", "29"], ["word0 often", "19"], ["word2 often", "9"]]  # fmt: skip
+    assert list(csv.reader((out / "clusters.csv").open(encoding="utf-8"))) == [
+        ["cluster", "frequency", "samples", "keys", "shift", "lowest", "highest", "words"],
+        ["7", "40", "40", "2", "0.100000", "0.080000", "0.120000", "word7 often once"],
+        ["5", "30", "30", "2", "0.083333", "0.063333", "0.103333", "word5 often once"],
+        ["0", "20", "20", "2", "0.066667", "0.046667", "0.086667", "word0 often once"],
+        ["2", "10", "10", "2", "0.050000", "0.030000", "0.070000", "word2 often once"],
+    ]
+    text = html.unescape(page)
+    assert "40 samples for the most common of 4 clusters down to 10; the most common third of them hold 70%" in text
+    assert ("shift 0.100 for the most common samples, 0.083 for the median one, 0.050 for the rarest, each moving by "
+            "0.02 up and down") in text  # fmt: skip
+    top, bottom = figures["long_tail.png"].axes
+    steps = top.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in steps} >= {(0.5, 40), (1.5, 40), (1.5, 30), (2.5, 20), (3.5, 10), (4.5, 10)}
+    assert bottom.get_lines()[0].get_xydata().tolist() == [[0, 0], [25, 40], [50, 70], [75, 90], [100, 100]]
+    line = figures["temperatures.png"].axes[0].get_lines()[0]
+    assert np.interp([10, 50, 80, 95], *line.get_data()) == pytest.approx([0.1, 0.25 / 3, 0.2 / 3, 0.05])
+    band = figures["temperatures.png"].axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.03, 0.12))
+
+
+def test_frequencies_of_several_clusterings_are_means_over_samples() -> None:
+    made = ClusterTable.build(["a", "b", "c"], [4, 1, 4], [10.0, 30.0, 40.0], [3, 5, 1])
+    found = concepts.Concepts.of(made, np.array([0.1, 0.3, 0.4]))
+    assert (found.ids.tolist(), found.samples.tolist()) == ([1, 4], [5, 4])
+    assert found.frequency.tolist() == [30, (3 * 10 + 40) / 4]
+    assert found.shift == pytest.approx([0.3, (3 * 0.1 + 0.4) / 4])
+    assert found.place.tolist() == [1, 0, 1]
+    assert found.members(1).tolist() == [0, 2]
+
+
+def test_telling_words_are_weighed_by_hand() -> None:
+    """dog: all 4 of cluster 0, and 1 of 4 in cluster 1; a: 7 of 8; in a cluster there are 9 words on average."""
+    made = ClusterTable.build(["a dog", "dog run", "A cat  ran", "old dog", "a car 42 x"], [0, 0, 1, 1, 1],
+                              [4, 4, 4, 4, 4], [3, 1, 2, 1, 1])  # fmt: skip
+    groups = concepts.Concepts.of(made, made.frequency)
+    # "a" and "x" are single letters and 42 is a number: no words. Words: dog 4 + 1, run 1, cat 2, ran 2, old 1, car 1.
+    average = (5 + 1 + 2 + 2 + 1 + 1) / 2
+    weights = {"cat": 2 / 4 * math.log(1 + average / 2), "dog": 1 / 4 * math.log(1 + average / 5),
+               "old": 1 / 4 * math.log(1 + average / 1)}  # fmt: skip
+    assert weights["cat"] > weights["old"] > weights["dog"]
+    assert concepts.telling_words(made, groups, []) == [["dog", "run"], ["cat", "ran", "car", "old", "dog"]]
+    assert concepts.telling_words(made, groups, [], many=3)[1] == ["cat", "ran", "car"]
+    assert concepts.examples(made, np.array([0, 1, 2, 3, 4]), 3) == ["a dog", "A cat ran", "a car 42 x"]
+    assert concepts.shortened("x" * 300) == "x" * 300
+    assert concepts.shortened("x" * 301) == "x" * 299 + "…"
+
+
+def test_tables_of_one_name_are_written_side_by_side(tmp_path: Path) -> None:
+    for folder, counts in (("a", "7,1\n8,2\n"), ("b", "7,10\n8,30\n9,2\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "$c$.csv").write_text("class_id,count\n" + counts)
+    assert report(tmp_path / "a" / "$c$.csv", tmp_path / "b" / "$c$.csv", "-o", tmp_path / "out") == 0
+    written = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("*.csv")}
+    assert written == {"clusters__c_.csv": 3, "clusters__c__2.csv": 4}
+
+
+def test_metadata_that_is_odd_is_shown_in_a_few_words(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(300):
+        deep = {"x": deep}
+    long_tail(tmp_path / "t.parquet", runs="3", source="a b;c<i>", deep=deep, many=["x"] * 10**5, name="two\nlines",
+              half="\ud83d", stability={"verdict": ["x"] * 10**5, "deep": deep, "ok": 0.5})  # fmt: skip
+    assert report(tmp_path / "t.parquet", "-o", tmp_path / "out") == 0
+    assert len(page_of(tmp_path / "out")) < 400_000
+    rows = dict(cells_of(page_of(tmp_path / "out"), "How the table was made"))
+    assert (rows["runs"], rows["name"], rows["half"]) == ("3", "two lines", "\\ud83d")
+    assert len(rows["many"]) < 100
+    long_tail(tmp_path / "u.parquet", source="a b;c<i>")
+    assert report(tmp_path / "u.parquet", "-o", tmp_path / "other") == 0
+    assert "mmts stability &#x27;a b;c&lt;i&gt;&#x27; --runs 20" in page_of(tmp_path / "other")
+
+
 def test_report_shows_the_stability_that_was_measured(tmp_path: Path) -> None:
     long_tail(
         tmp_path / "t.parquet", stability={"verdict": "steady <enough>", "runs": 3, "ari": 0.53251, "halves": None}
@@ -719,6 +841,48 @@ def test_report_of_two_runs(made: Path, tmp_path: Path) -> None:
     )
     assert "@article{sheludzko2026mmts," in card
     assert (out / "model_card_two_i_.md").exists()
+
+
+def test_figures_of_runs_hold_what_was_configured_and_logged(
+    made: Path, tmp_path: Path, figures: dict[str, Any]
+) -> None:
+    one, two = make_run(tmp_path / "one", made), make_run(tmp_path / "two", made, alpha=0.02)
+    lower = {"image_to_text_R@1": score(0.3, head=0.45, tail=0.1)}
+    (two / "mmts_eval.json").write_text(json.dumps({"metrics": lower}))
+    assert report(one, two, "-o", tmp_path / "out") == 0
+    plan = Plan(vars(Config(INFONCE, 0.04, 0.05, 0.1, str(made))), 100, ClusterTable.load(made))
+
+    upper = figures["schedule.png"].axes[0]
+    lines = {line.get_label(): line for line in upper.get_lines()}
+    for name in ("head", "middle", "tail"):
+        expected = plan.base(np.arange(100)) + plan.shifts[name]
+        assert lines[f"{name} third"].get_ydata() == pytest.approx(expected)
+        assert lines[f"{name} third"].get_xdata().tolist() == list(range(100))
+    dots = [line for line in upper.get_lines() if line.get_marker() == "."]
+    for line, name in zip(dots, ("head", "middle", "tail")):
+        assert line.get_xdata() == pytest.approx(np.arange(0, 100, 10))
+        assert line.get_ydata() == pytest.approx(plan.base(np.arange(0, 100, 10)) + plan.shifts[name])
+        assert line.get_color() == lines[f"{name} third"].get_color()
+    assert len(dots) == 3
+
+    over, by_third, _ = figures["loss.png"].axes
+    assert [line.get_label() for line in over.get_lines()] == ["one", "two"]
+    assert over.get_lines()[0].get_xydata().tolist() == [[step, 4 - step / 50] for step in range(0, 100, 10)]
+    assert {line.get_label(): line.get_ydata()[0] for line in by_third.get_lines()} == {"head": 4.0, "tail": 3.0}
+
+    alignment, hit_rate = figures["diagnostics.png"].axes
+    assert (alignment.get_title(loc="left"), hit_rate.get_title(loc="left")) == ("alignment", "hit rate")
+    assert alignment.get_lines()[1].get_ydata()[3] == pytest.approx(0.7)
+
+    bars = figures["metrics.png"].axes[0].containers
+    assert [container.get_label() for container in bars] == ["one", "two"]
+    assert [container[0].get_xdata()[0] for container in bars] == pytest.approx([40, 30])
+    assert bars[1][2][0].get_segments()[0][:, 0] == pytest.approx([25, 35])
+    thirds = figures["thirds.png"].axes[0].containers
+    assert [list(container[0].get_ydata()) for container in thirds] == [pytest.approx([50, 40, 30]),
+                                                                        pytest.approx([45, 10])]  # fmt: skip
+    assert [list(container[0].get_xdata()) for container in thirds] == [pytest.approx([-0.06, 0.94, 1.94]),
+                                                                        pytest.approx([0.06, 2.06])]  # fmt: skip
 
 
 def texts_of(figure: Any) -> list[str]:

@@ -40,13 +40,10 @@ def read_matrix(path: str, images: int, texts: int) -> BothWays:
         )
     if not file.exists():
         raise MMTSError(f"{path}: no such file (--relevancy)")
-    if file.suffix == ".npy":
-        matrix = load_npy(path)
-    elif file.suffix == ".csv":
-        with reading(path, "cannot be read as a matrix of comma-separated numbers"):
-            matrix = np.loadtxt(path, delimiter=",", ndmin=2)
-    else:
+    if file.suffix not in (".npy", ".csv"):
         raise ConfigError(f"{path}: --relevancy takes a .npy or a .csv file")
+    with reading(path, f"cannot be read as a matrix of numbers ({'.npy' if file.suffix == '.npy' else 'commas'})"):
+        matrix = load_npy(path) if file.suffix == ".npy" else np.loadtxt(path, delimiter=",", ndmin=2)
     if matrix.shape != (images, texts):
         hint = " (it looks transposed: rows are images)" if matrix.shape == (texts, images) else ""
         raise MMTSError(
@@ -122,7 +119,11 @@ def read_ek100(path: str, sentences: Optional[str], label_column: str = "noun_cl
     Raises:
         MMTSError: a file or column is missing, or does not have the form of EPIC-KITCHENS-100.
     """
+    with reading(path, "cannot be read as annotations of EPIC-KITCHENS-100"):
+        return _read_ek100(path, sentences, label_column)
 
+
+def _read_ek100(path: str, sentences: Optional[str], label_column: str) -> EK100:
     def columns(file: str, *names: str) -> list[list[str]]:
         source = Source(file, "csv", separator=",", label_flag="a column of EPIC-KITCHENS-100")
         return [read_samples(source, [name], captions=False).labels for name in names]

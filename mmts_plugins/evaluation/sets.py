@@ -93,6 +93,11 @@ def read(reading: Reading) -> Samples:
         ConfigError: a flag does not fit the file.
         MMTSError: the file is missing, damaged or empty.
     """
+    with errors.reading(reading.data, "cannot be read as images and captions"):
+        return _read(reading)
+
+
+def _read(reading: Reading) -> Samples:
     kind = reading.format
     if kind == "auto":
         kind = Source(reading.data).resolved_format()

@@ -136,9 +136,14 @@ def read(path: str, distributions: Sequence[str] = DISTRIBUTIONS) -> list[tuple[
         TableError: it is none of the kinds that :func:`write` knows.
     """
     name = one_line(Path(path).name or path)
+    with reading(path, "cannot be read as a table", TableError):
+        return _read(path, name, distributions)
+
+
+def _read(path: str, name: str, distributions: Sequence[str]) -> list[tuple[str, ClusterTable]]:
     if not path.lower().endswith(".csv"):
         return [(name, ClusterTable.load(path))]
-    with reading(path, "cannot be read", TableError), open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         columns = next(csv.reader(file), [])
     if "class_id" in columns:
         return [(name, load_classes(path))]
