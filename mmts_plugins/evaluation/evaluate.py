@@ -223,7 +223,11 @@ def _read_index(path: str, texts: int, images: int) -> np.ndarray:
     if not Path(path).exists():
         raise MMTSError(f"{path}: no such file (--text-image)")
     with reading(path, "expected a whole number per line (--text-image)"):
-        numbers = load_npy(path) if path.endswith(".npy") else np.loadtxt(path, np.int64, ndmin=1)
+        if path.endswith(".npy"):
+            numbers = load_npy(path)
+        else:  # not with numpy.loadtxt, whose C code crashes on some damaged files
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+            numbers = np.array([int(line) for line in lines if line.strip()], np.int64)
     if numbers.dtype.kind not in "iu" or numbers.shape != (texts,):
         raise MMTSError(
             f"{path}: {list(numbers.shape)} of {numbers.dtype}, expected {texts} whole numbers (--text-image)"

@@ -43,7 +43,7 @@ def read_matrix(path: str, images: int, texts: int) -> BothWays:
     if file.suffix not in (".npy", ".csv"):
         raise ConfigError(f"{path}: --relevancy takes a .npy or a .csv file")
     with reading(path, f"cannot be read as a matrix of numbers ({'.npy' if file.suffix == '.npy' else 'commas'})"):
-        matrix = load_npy(path) if file.suffix == ".npy" else np.loadtxt(path, delimiter=",", ndmin=2)
+        matrix = load_npy(path) if file.suffix == ".npy" else _read_csv(file)
     if matrix.shape != (images, texts):
         hint = " (it looks transposed: rows are images)" if matrix.shape == (texts, images) else ""
         raise MMTSError(
@@ -54,6 +54,12 @@ def read_matrix(path: str, images: int, texts: int) -> BothWays:
         lambda start, stop: torch.from_numpy(np.array(matrix[start:stop], np.float64)),
         lambda start, stop: torch.from_numpy(np.array(matrix[:, start:stop].T, np.float64)),
     )
+
+
+def _read_csv(file: Path) -> np.ndarray:
+    """Not with numpy.loadtxt, whose C code crashes on some damaged files."""
+    with open(file, encoding="utf-8-sig") as lines:
+        return np.stack([np.array([float(cell) for cell in line.split(",")]) for line in lines if line.strip()])
 
 
 @dataclass(frozen=True)
