@@ -189,6 +189,13 @@ def test_report_describes_the_schedule_that_was_used(outcome: report.Outcome, tm
     assert "smallest cluster 0.030 to 0.070" in said
 
 
+def test_a_plain_run_that_diverged_is_drawn_too(outcome: report.Outcome, tmp_path: Path) -> None:
+    table = ClusterTable.load(tmp_path / "clusters.parquet")
+    for log in ([train.Progress(1.0, 0.0, 2.0), train.Progress(2.0, float("nan"), 2.0)], [train.Progress(0.0, 1, 2)]):
+        plain = dataclasses.replace(outcome.plain_run, progress=log)
+        assert "over 100 steps" in report.plot_temperatures(tmp_path / "t.png", table, outcome.mmts_run, plain)
+
+
 def test_table_shows_differences_in_points(outcome: report.Outcome) -> None:
     lines = outcome.table().splitlines()
     assert len({len(line) for line in lines}) == 1

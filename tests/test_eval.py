@@ -417,6 +417,42 @@ def test_the_separator_reaches_pandas_as_openclip_hands_it_over(
     assert asked == ["\t", "\\t", ","]
 
 
+def test_a_model_is_loaded_as_it_is_evaluated(small_model: str, tmp_path: Path) -> None:
+    """Without dropout, with the transform that draws nothing at random, and with the checkpoint's weights."""
+    import logging
+
+    import open_clip
+    from PIL import Image
+
+    from mmts_plugins.evaluation.model import load_model
+
+    torch.manual_seed(3)
+    trained = open_clip.create_model(small_model).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in trained.items()}}, tmp_path / "c.pt")
+    net, preprocess, tokenizer = load_model(small_model, tmp_path / "c.pt")
+    assert not net.training
+    assert all(torch.equal(value, trained[name]) for name, value in net.state_dict().items())
+    assert tokenizer(["a dog"]).shape == (1, 12)
+    image = Image.frombytes("RGB", (24, 16), random.Random(0).randbytes(24 * 16 * 3))
+    expected = torch.from_numpy(np.array(image.crop((4, 0, 20, 16)))).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(preprocess(image), expected)
+    assert logging.getLogger("anybody").isEnabledFor(logging.WARNING)
+
+
+def test_the_printed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ClusterTable.build(["text 0", "text 1", "text 2", "text 3"], [0, 1, 2, 3], [5, 5, 5, 1]).save(
+        tmp_path / "t.parquet"
+    )
+    measured(tmp_path, at(*IMAGES), at(*TEXTS), "--table", tmp_path / "t.parquet", rows=ROWS, resamples=50)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["%, ranks from 1", "all", "head", "mid", "tail"]
+    table = {line[0]: line[1:] for line in lines if line}
+    assert table["text → image R@5"] == ["100.0 [100.0, 100.0]", "–", "100.0 [100.0, 100.0]", "100.0"]
+    assert table["image → text median rank"][2:] == ["1.0 [1.0, 1.0]", "2.0"]
+    low, high = bounds(np.array([1.0, 1, 2]), [0, 1, 2], 50, 0)
+    assert table["image → text mean rank"][0] == f"1.3 [{low:.1f}, {high:.1f}]"
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,10 @@ def test_weights_of_negatives_are_the_losses_own() -> None:
         (["--table", "gone.parquet"], "gone.parquet: no such cluster table"),
         (["--config", "gone.yaml"], "gone.yaml: cannot read"),
         (["--total-steps", "0"], "at least one optimizer step"),
+        (["--total-steps", "9" * 400], "--total-steps is <a whole number of"),
+        (["--shift-min", "nan"], "--shift-min is nan: it must be a finite number"),
+        (["--shift-max", "1e300"], "--shift-max is 1e+300: it must be at most 1000"),
+        (["--period", "1e-9"], "--period is 1e-09: it must be 0.001 or above"),
     ],
 )
 def test_plot_schedule_refuses(
@@ -249,6 +253,42 @@ def test_plot_schedule_refuses(
     assert main(["plot", "schedule", *argv]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_plot_schedule_draws_every_panel(data: Data, tmp_path: Path, figures: dict[str, Any]) -> None:
+    changes = ["--shift-min", "0.06", "--shift-max", "0.2", "--alpha", "0.1", "--num-oscillations", "2"]
+    argv = ["plot", "schedule", "--preset", "clip-cc3m", "vast-clip", "--total-steps", "41", *changes]
+    assert main([*argv, "-o", str(tmp_path / "s.png")]) == 0
+    axes = figures["s.png"].axes
+    assert len(axes) == 6
+    base = 0.05 * np.cos(2 * np.pi * np.arange(41) / 20.5)
+    for panel in axes:
+        lines = {line.get_label(): line for line in panel.get_lines()}
+        if panel.get_ylabel() == "base":
+            assert next(iter(panel.get_lines())).get_ydata() == pytest.approx(base)
+        elif panel.get_ylabel() == "temperature":
+            assert lines["rarest"].get_ydata() == pytest.approx(base + 0.06)
+            assert lines["most common"].get_ydata() == pytest.approx(base + 0.2)
+        else:
+            assert set(lines) == {"rarest, lowest: 0.01", "rarest, highest: 0.11", "most common, lowest: 0.15",
+                                  "most common, highest: 0.25"}  # fmt: skip
+    assert sorted(panel.get_ylabel() for panel in axes) == [
+        "base", "base", "temperature", "temperature", *["weight relative to the hardest"] * 2]  # fmt: skip
+    titles = [part._suptitle.get_text() for part in figures["s.png"].subfigs]
+    assert titles == [f"{name}: mmts-infonce, alpha 0.1, shifts 0.06 to 0.2" for name in ("clip-cc3m", "vast-clip")]
+
+
+def test_somebodys_style_changes_nothing(tmp_path: Path) -> None:
+    """A matplotlibrc that sets type with TeX, which is not installed, or that is huge."""
+    import matplotlib
+
+    argv = ["plot", "schedule", "-o", str(tmp_path / "s.png")]
+    assert main(argv) == 0
+    before = (tmp_path / "s.png").read_bytes()
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40, "axes.facecolor": "black"}):
+        assert main(argv) == 0
+        assert matplotlib.rcParams["font.size"] == 40
+    assert (tmp_path / "s.png").read_bytes() == before
 
 
 # --- mmts report TABLE ------------------------------------------------------------------------------------------------
@@ -517,6 +557,7 @@ def test_report_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureF
         ([good, good, "--embeddings", tmp_path / "short.npy"], "belongs to one table"),
         ([tmp_path / "noun.csv", "--encoder", "tfidf"], "no captions to embed"),
         ([good, "--sample", 0], "--sample must be at least 1"),
+        ([good, "--seed", 2**32], "--seed at least 0 and below 2^32"),
     ]:
         assert report(*argv, "-o", out) == 2, argv
         assert message in capsys.readouterr().err
@@ -1012,6 +1053,12 @@ def test_report_compares_with_a_plain_run_and_names_what_is_none(made: Path, tmp
     assert "image to text R@1 30.0 40.0 [35.0, 45.0] +10.0" in text
     assert "Without MM-TS, or without its mmts.yaml: plain." in text
     assert [path.name for path in out.glob("*.md")] == ["model_card_ours.md"]
+
+
+def test_a_plain_run_that_keeps_its_table_is_a_run(tmp_path: Path) -> None:
+    long_tail(make_plain(tmp_path / "plain") / "clusters.parquet")
+    assert report(tmp_path / "plain", "-o", tmp_path / "out") == 0
+    assert "Training run: plain" in text_of(tmp_path / "out")
 
 
 def test_report_of_a_plain_run_alone_is_the_page_of_what_there_is(tmp_path: Path) -> None:
