@@ -55,6 +55,7 @@ def ranks(
         if features.ndim != 2 or labels.shape != features.shape[:1]:
             raise MMTSError(f"{name}: {tuple(labels.shape)} labels for features of shape {tuple(features.shape)}")
         _check_finite(name, features)
+    _check_widths(queries, candidates)
     block_size = block_size or _block_size(candidates)
     orphans = ~torch.isin(query_labels, candidate_labels)
     if orphans.any():
@@ -103,6 +104,7 @@ def graded(
     """
     for name, features in (("queries", queries), ("candidates", candidates)):
         _check_finite(name, features)
+    _check_widths(queries, candidates)
     block_size = block_size or _block_size(candidates, _BLOCK // 4)
     divisor = torch.arange(1, len(candidates) + 1, dtype=torch.float64)
     discount = 1 / torch.log2(divisor + 1)
@@ -142,6 +144,11 @@ def _check_grades(grades: torch.Tensor, shape: tuple[int, int], start: int) -> N
 def _check_finite(name: str, features: torch.Tensor) -> None:
     if not all(torch.isfinite(part).all() for part in features.split(4096)):
         raise MMTSError(f"{name}: a feature is not a finite number; did the training diverge?")
+
+
+def _check_widths(queries: torch.Tensor, candidates: torch.Tensor) -> None:
+    if queries.shape[1:] != candidates.shape[1:]:
+        raise MMTSError(f"queries of shape {tuple(queries.shape)} for candidates of shape {tuple(candidates.shape)}")
 
 
 def _block_size(candidates: torch.Tensor, scores: int = _BLOCK) -> int:

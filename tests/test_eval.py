@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 import os
 import pickle
 import random
 import tarfile
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,12 +22,13 @@ from conftest import REPOSITORY, run_python
 
 from mmts_plugins.cli import main
 from mmts_plugins.clusters import CLASS, ClusterTable
-from mmts_plugins.errors import MMTSError
-from mmts_plugins.evaluation import frequency, relevancy
+from mmts_plugins.errors import ConfigError, MMTSError
+from mmts_plugins.evaluation import evaluate, frequency, relevancy, sets
 from mmts_plugins.evaluation.statistics import Measure, Queries, class_mean, mean, median, summarise
 
 for package in ("open_clip", "pandas", "sklearn", "tqdm", "PIL"):
-    pytest.importorskip(package)
+    if importlib.util.find_spec(package) is None:  # importing them all takes seconds that most tests do not need
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 ANIMALS = ("dog", "cat", "sea", "old tree")
 
@@ -68,7 +72,12 @@ class Set:
 
     def _write(self) -> None:
         lines = ["filepath\ttitle\tlabel"]
-        karpathy: dict[str, Any] = {"images": [{"split": "train", "filename": "x.jpg", "sentences": []}]}
+        karpathy: dict[str, Any] = {
+            "images": [
+                {"split": "train", "filename": "x.jpg", "sentences": []},
+                {"split": "val", "filename": "y.jpg", "sentences": [{"raw": "of another split"}]},
+            ]
+        }
         with tarfile.open(self.folder / "set.tar", "w") as tar:
             for path, captions, label in zip(self.images, self.captions, self.labels):
                 lines += [f"{path}\t{caption}\t{label}" for caption in captions]
@@ -209,6 +218,241 @@ def test_captions_per_image_takes_the_first(images: Set) -> None:
     assert result["queries"]["text"]["n"] == 16
 
 
+# --- numbers known beforehand, from features --------------------------------------------------------------------------
+
+
+def at(*degrees: float, lengths: Any = 1.0) -> np.ndarray:
+    """Vectors in a plane: ranks follow from their angles, if their lengths do not matter."""
+    angles = np.radians(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.reshape(lengths, (-1, 1))
+
+
+def measured(folder: Path, images: np.ndarray, texts: Optional[np.ndarray], *flags: object, rows: Any = (),
+             columns: str = "filepath\ttitle", resamples: int = 0) -> dict[str, Any]:  # fmt: skip
+    """``mmts eval`` of these features; ``rows`` make a DATA whose images nobody opens."""
+    saved = []
+    for name, values in (("image", images), ("text", texts)):
+        if values is not None:
+            np.save(folder / f"{name}.npy", values)
+            saved += [f"--{name}-features", folder / f"{name}.npy"]
+    if rows:
+        (folder / "set.tsv").write_text("\n".join([columns, *("\t".join(row) for row in rows)]) + "\n")
+        saved.insert(0, folder / "set.tsv")
+    argv = [*saved, *flags, "--resamples", resamples, "-o", folder / "out.json", "--force"]
+    assert main(["eval", *map(str, argv)]) == 0
+    return json.loads((folder / "out.json").read_text())
+
+
+IMAGES = (0, 40, 90)
+TEXTS, OWNER = (10, 80, 30, 60), (0, 1, 1, 2)
+ROWS = [(f"{owner}.png", f"text {number}") for number, owner in enumerate(OWNER)]
+RANKS = {
+    "image_to_text_R@1": 2 / 3, "image_to_text_R@5": 1, "image_to_text_R@10": 1, "image_to_text_mean_rank": 4 / 3,
+    "image_to_text_median_rank": 1, "text_to_image_R@1": 1 / 2, "text_to_image_R@5": 1, "text_to_image_R@10": 1,
+    "text_to_image_mean_rank": 3 / 2, "text_to_image_median_rank": 3 / 2,
+}  # fmt: skip
+
+
+def test_ranks_count_from_one_and_lengths_do_not_matter(tmp_path: Path) -> None:
+    long, short = (1, 5, 0.2), (0.1, 10, 1, 3)
+    assert values(measured(tmp_path, at(*IMAGES), at(*TEXTS), rows=ROWS)) == pytest.approx(RANKS)
+    found = measured(tmp_path, at(*IMAGES, lengths=long), at(*TEXTS, lengths=short), rows=ROWS)
+    assert values(found) == pytest.approx(RANKS)
+    (tmp_path / "owner.txt").write_text("0\n1\n1\n2\n")
+    flags = ("--text-image", tmp_path / "owner.txt")
+    assert values(measured(tmp_path, at(*IMAGES, lengths=long), at(*TEXTS), *flags)) == pytest.approx(RANKS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda points: (points * [[1e30], [1e-30], [1]]).astype(np.float32),  # their squares are infinite, or nothing
+        lambda points: points * [[1e300], [1e-300], [1]],
+        lambda points: (points * 1e6).astype(np.int64),
+        lambda points: (points * [[10], [1e-4], [1]]).astype(np.float16),
+    ],
+    ids=["float32", "float64", "whole", "float16"],
+)
+def test_features_may_be_of_any_magnitude(change: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:
+    assert values(measured(tmp_path, change(at(*IMAGES)), at(*TEXTS), rows=ROWS)) == pytest.approx(RANKS)
+
+
+def test_scaling_changes_no_digit_of_usual_features(tmp_path: Path) -> None:
+    points = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
+    np.save(tmp_path / "f.npy", points)
+    expected = torch.nn.functional.normalize(torch.from_numpy(points), dim=1)
+    assert torch.equal(evaluate._features(str(tmp_path / "f.npy"), "--x"), expected)
+
+
+def bounds(of: np.ndarray, units: list[int], resamples: int, seed: int) -> tuple[float, float]:
+    """The interval, drawn one unit at a time."""
+    draw, means = np.random.default_rng(seed), []
+    distinct = sorted(set(units))
+    for _ in range(resamples):
+        rows = [row for unit in draw.integers(len(distinct), size=len(distinct))
+                for row, own in enumerate(units) if own == distinct[unit]]  # fmt: skip
+        means.append(of[rows].mean())
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def test_the_commands_intervals_draw_the_captions_of_an_image_together(tmp_path: Path) -> None:
+    """40 hits of one image and 40 misses of another are two observations, not 80."""
+    texts = at(*[1] * 40, *[2] * 40)
+    rows = [(f"{number // 40}.png", f"text {number}") for number in range(80)]
+    entry = measured(tmp_path, at(0, 90), texts, rows=rows, resamples=200)["metrics"]["text_to_image_R@1"]
+    assert entry == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 80}
+    np.save(tmp_path / "r.npy", np.repeat(np.eye(2), 40, axis=1))  # graded: such families are not known
+    graded = measured(tmp_path, at(0, 90), texts, "--relevancy", tmp_path / "r.npy", rows=rows, resamples=200)
+    precision = np.array([1.0] * 40 + [0.5] * 40)
+    entry = graded["metrics"]["text_to_image_mAP"]
+    assert entry["value"] == 0.75
+    assert (entry["low"], entry["high"]) == pytest.approx(bounds(precision, list(range(80)), 200, 0))
+    assert 0.6 < entry["low"] < entry["high"] < 0.9
+
+
+def test_the_commands_seed_is_the_bootstraps(tmp_path: Path) -> None:
+    found = {}
+    for seed in (0, 7):
+        result = measured(tmp_path, at(*IMAGES), at(*TEXTS), "--seed", seed, rows=ROWS, resamples=15)
+        assert result["bootstrap"] == {"resamples": 15, "seed": seed, "level": 0.95}
+        entry = result["metrics"]["text_to_image_mean_rank"]
+        found[seed] = (entry["low"], entry["high"])
+        assert found[seed] == pytest.approx(bounds(np.array([1.0, 2, 1, 2]), list(OWNER), 15, seed))
+    assert found[0] != found[7]
+
+
+def test_an_image_is_as_common_as_its_captions_on_average(tmp_path: Path) -> None:
+    """Its rarest caption is of the tail, its most common one of the head, their mean of the middle."""
+    ClusterTable.build(["common", "usual", "rare"], [0, 1, 2], [30, 20, 10], [10, 10, 10]).save(tmp_path / "t.parquet")
+    rows = [("a.png", "common"), ("a.png", "rare"), ("b.png", "rare"), ("c.png", "usual"), ("c.png", "common")]
+    result = measured(tmp_path, at(0, 30, 60), at(0, 1, 30, 60, 61), "--table", tmp_path / "t.parquet", rows=rows)
+    assert result["queries"] == {"image": {"n": 3, "head": 0, "mid": 2, "tail": 1},
+                                 "text": {"n": 5, "head": 2, "mid": 1, "tail": 2}}  # fmt: skip
+    # Image b (30 degrees) is found first by its caption; so are a and c.
+    assert [result["metrics"]["image_to_text_R@1"][third]["n"] for third in ("head", "mid", "tail")] == [0, 2, 1]
+
+
+def test_classes_of_a_table_beat_its_captions_and_each_side_has_its_own(tmp_path: Path) -> None:
+    ClusterTable.build(["x", "y", "z"], [0, 1, 2], [30, 20, 10], [10, 10, 10], CLASS).save(tmp_path / "t.parquet")
+    rows = [("a.png", "1", "x"), ("a.png", "2", "x"), ("b.png", "3", "z"), ("c.png", "4", "y"), ("c.png", "5", "y")]
+    flags = ("--table", tmp_path / "t.parquet", "--label-column", "label")
+    result = measured(tmp_path, at(0, 30, 60), at(0, 1, 30, 60, 61), *flags, rows=rows,
+                      columns="filepath\ttitle\tlabel")  # fmt: skip
+    assert result["queries"] == {"image": {"n": 3, "head": 1, "mid": 1, "tail": 1},
+                                 "text": {"n": 5, "head": 2, "mid": 2, "tail": 1}}  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [4, 5, 6, 7])
+def test_zero_shot_places(classes: int, tmp_path: Path) -> None:
+    """The image of class k has k classes that are nearer; class 0 has three more images, all right."""
+    np.save(tmp_path / "classes.npy", at(*range(0, 10 * classes, 10)))
+    (tmp_path / "names.txt").write_text("".join(f"name {number}\n" for number in range(classes)))
+    labels = [*range(classes), 0, 0, 0]
+    rows = [(f"{number}.png", f"name {label}") for number, label in enumerate(labels)]
+    flags = ("--no-retrieval", "--classes", tmp_path / "names.txt", "--class-features", tmp_path / "classes.npy",
+             "--label-column", "label")  # fmt: skip
+    found = measured(tmp_path, at(*[-5] * len(rows)), None, *flags, rows=rows, columns="filepath\tlabel")
+    expected = {"zero_shot_top1": 4 / len(rows), "zero_shot_class_mean": 1 / classes}
+    if classes > 5:
+        expected["zero_shot_top5"] = 8 / len(rows)
+    assert values(found) == pytest.approx(expected)
+    assert found["queries"] == {"image": {"n": len(rows)}}
+
+
+def test_karpathys_split_is_the_one_asked_for(tmp_path: Path) -> None:
+    images = [
+        {"split": split, "filepath": "val2014", "filename": f"{split}.jpg", "sentences": [{"raw": f"a {split} image"}]}
+        for split in ("train", "restval", "val", "test")
+    ]
+    images += [{"split": "val", "filename": "bare.jpg", "sentences": []}]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    for split in ("restval", "val", "test"):
+        found = sets.read(sets.Reading(str(tmp_path / "k.json"), split=split, image_root="root"))
+        assert found.images == [Path("root", "val2014", f"{split}.jpg")]
+        assert found.captions == [f"a {split} image"]
+    found = sets.read(sets.Reading(str(tmp_path / "k.json"), split="val"))
+    assert found.notes == [f"{tmp_path / 'k.json'}: 1 images have no caption and are left out"]
+    alone = sets.read(sets.Reading(str(tmp_path / "k.json"), split="val", captions=False))
+    assert (len(alone.images), alone.captions) == (2, [])
+
+
+def test_relevancy_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = np.random.default_rng(0).integers(0, 5, size=(4, 6)) / 4
+    matrix[np.arange(4), np.arange(4)] = matrix[0, 4:] = 1
+    np.save(tmp_path / "r.npy", matrix)
+    np.savetxt(tmp_path / "r.csv", matrix, delimiter=",")
+    for name in ("r.npy", "r.csv"):
+        both = relevancy.read_matrix(str(tmp_path / name), 4, 6)
+        for start, stop in ((0, 2), (1, 3), (3, 4)):
+            assert both.of_images(start, stop).tolist() == matrix[start:stop].tolist()
+            assert both.of_texts(start, stop).tolist() == matrix[:, start:stop].T.tolist()
+    points = np.random.default_rng(1).normal(size=(10, 3))
+    flags = ("--relevancy", tmp_path / "r.npy")
+    whole = measured(tmp_path, points[:4], points[4:], *flags)
+    monkeypatch.setattr("mmts_plugins.retrieval._BLOCK", 4)
+    assert measured(tmp_path, points[:4], points[4:], *flags)["metrics"] == whole["metrics"]
+
+
+def test_the_separator_reaches_pandas_as_openclip_hands_it_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two characters, backslash and t, are a regular expression there, and quotes stay in the captions."""
+    import pandas as pd
+
+    text = 'filepath\ttitle\na.png\t"a dog, running"\nb.png\ta cat\n'
+    (tmp_path / "q.tsv").write_text(text)
+    for separator, expected in (("\\t", '"a dog, running"'), ("\t", "a dog, running")):
+        trained_on = pd.read_csv(tmp_path / "q.tsv", sep=separator, engine="python")["title"].tolist()
+        assert trained_on == [expected, "a cat"]
+        assert sets.read(sets.Reading(str(tmp_path / "q.tsv"), separator=separator)).captions == trained_on
+    asked: list[str] = []
+
+    def read(reading: sets.Reading) -> None:
+        asked.append(reading.separator)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(sets, "read", read)
+    for flags in ([], ["--separator", "\\t"], ["--csv-separator", ","]):
+        main(["eval", str(tmp_path / "q.tsv"), "--image-features", "i", "--text-features", "t", *flags])
+    assert asked == ["\t", "\\t", ","]
+
+
+def test_a_model_is_loaded_as_it_is_evaluated(small_model: str, tmp_path: Path) -> None:
+    """Without dropout, with the transform that draws nothing at random, and with the checkpoint's weights."""
+    import logging
+
+    import open_clip
+    from PIL import Image
+
+    from mmts_plugins.evaluation.model import load_model
+
+    torch.manual_seed(3)
+    trained = open_clip.create_model(small_model).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in trained.items()}}, tmp_path / "c.pt")
+    net, preprocess, tokenizer = load_model(small_model, tmp_path / "c.pt")
+    assert not net.training
+    assert all(torch.equal(value, trained[name]) for name, value in net.state_dict().items())
+    assert tokenizer(["a dog"]).shape == (1, 12)
+    image = Image.frombytes("RGB", (24, 16), random.Random(0).randbytes(24 * 16 * 3))
+    expected = torch.from_numpy(np.array(image.crop((4, 0, 20, 16)))).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(preprocess(image), expected)
+    assert logging.getLogger("anybody").isEnabledFor(logging.WARNING)
+
+
+def test_the_printed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ClusterTable.build(["text 0", "text 1", "text 2", "text 3"], [0, 1, 2, 3], [5, 5, 5, 1]).save(
+        tmp_path / "t.parquet"
+    )
+    measured(tmp_path, at(*IMAGES), at(*TEXTS), "--table", tmp_path / "t.parquet", rows=ROWS, resamples=50)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["%, ranks from 1", "all", "head", "mid", "tail"]
+    table = {line[0]: line[1:] for line in lines if line}
+    assert table["text → image R@5"] == ["100.0 [100.0, 100.0]", "–", "100.0 [100.0, 100.0]", "100.0"]
+    assert table["image → text median rank"][2:] == ["1.0 [1.0, 1.0]", "2.0"]
+    low, high = bounds(np.array([1.0, 1, 2]), [0, 1, 2], 50, 0)
+    assert table["image → text mean rank"][0] == f"1.3 [{low:.1f}, {high:.1f}]"
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +517,15 @@ def test_an_unseen_caption_is_as_common_as_its_nearest() -> None:
     assert frequency.of_captions(table, ["a dog runs"])[1] == []
 
 
+def test_nearest_is_by_angle_and_not_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {"short": (1, 0), "long": (50, 50), "one": (2, 0.2), "two": (1, 3)}
+    monkeypatch.setattr(frequency.encoders, "encode", lambda name, captions: [points[each] for each in captions])
+    table = ClusterTable.build(["short", "long"], [0, 1], [9, 4])
+    for block_size in (1, 2, 256):
+        found, _ = frequency.of_captions(table, ["one", "long", "two", "one"], block_size=block_size)
+        assert found.tolist() == [9, 4, 4, 9]
+
+
 def test_an_unseen_class_belongs_to_the_tail() -> None:
     table = ClusterTable.build(["0", "1", "2"], [0, 1, 2], [9, 4, 2], [9, 4, 2], CLASS)
     found, notes = frequency.of_classes(table, ["0", "7", "2"])
@@ -316,6 +569,17 @@ def test_ek100_relevancy_is_the_mean_of_two_intersections_over_unions(annotation
     sentences = annotations.parent / "sentences.csv"
     sentences.write_text("narration_id,narration\nP01_4,stir\nP01_1,take plate\n")
     assert relevancy.read_ek100(str(annotations), str(sentences)).clip_of.tolist() == [3, 0]
+
+
+def test_ek100_classes_may_have_any_number(annotations: Path) -> None:
+    """2 and 34, or ten digits, or twenty: the relevancy is the same, and no memory is asked for."""
+    text = annotations.read_text()
+    expected = relevancy.read_ek100(str(annotations), None).relevancy().of_images(0, 5)
+    annotations.write_text(text.replace("34", "9" * 20).replace(",10,", f",{'8' * 20},"))
+    assert torch.equal(relevancy.read_ek100(str(annotations), None).relevancy().of_images(0, 5), expected)
+    annotations.write_text(text.replace(",10,", ",ten,"))
+    with pytest.raises(MMTSError, match="a verb_class is not a whole number"):
+        relevancy.read_ek100(str(annotations), None)
 
 
 def test_ek100_takes_a_text_for_each_clip_or_each_caption(annotations: Path) -> None:
@@ -364,7 +628,10 @@ REFUSED = {
     "no model": ("{tsv} --model no-such --checkpoint {run}", "--model no-such: cannot be made"),
     "no image": ("{lost} --model {model} --checkpoint {run}", "lost.png: cannot read the image"),
     "no column": ("{tsv} --image-column url --model {model} --checkpoint {run}", "no column 'url' (--image-column)"),
-    "split": ("{json} --split val --model {model} --checkpoint {run}", "no split 'val' (--split); found: test, train"),
+    "split": (
+        "{json} --split dev --model {model} --checkpoint {run}",
+        "no split 'dev' (--split); found: test, train, val",
+    ),
     "text file": ("{owner} --model {model} --checkpoint {run}", "a text file names no images"),
     "pickled relevancy": ("{saved} --relevancy {pickle}.pkl", "a pickle can run any code when it is opened"),
     "relevancy shape": ("{saved} --relevancy {texts}", "expected [8, 24] for 8 images and 24 captions"),
@@ -417,6 +684,126 @@ def test_what_is_refused(
     assert main(["eval", *arguments, *([] if "-o" in arguments else ["-o", "out.json"])]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before, "something was written, or a pickle was run"
+
+
+class Stumble:
+    """Unpickling it raises a TypeError, also under ``weights_only``, where OrderedDict may be called."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (OrderedDict, (1,))
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "list": (lambda path: torch.save([1, 2], path), "holds [1, 2], not the weights of a model"),
+    "empty": (lambda path: torch.save({}, path), "holds {}, not the weights of a model"),
+    "empty weights": (lambda path: torch.save({"state_dict": {}}, path), "holds {}, not the weights"),
+    "list of weights": (lambda path: torch.save({"state_dict": [torch.ones(1)]}, path), "not the weights of a model"),
+    "no tensors": (lambda path: torch.save({"state_dict": {"visual.proj": 1}}, path), "'visual.proj' in it is not a"),
+    "no names": (lambda path: torch.save({1: torch.ones(1)}, path), "1 in it is not a tensor with a name"),
+    "nothing": (lambda path: path.write_bytes(b""), "cannot be loaded into --model"),
+    "text": (lambda path: path.write_text("weights\n"), "cannot be loaded into --model"),
+    "half": (lambda path: torch.save({"a": torch.ones(99)}, path) or os.truncate(path, 300), "cannot be loaded into"),
+    "stumbles": (lambda path: path.write_bytes(pickle.dumps([Stumble(), Bomb()])), "cannot be loaded into --model"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_a_checkpoint_is_weights_or_one_line(
+    case: str, small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not open with ``weights_only`` never reaches OpenCLIP, which may open it without."""
+    import open_clip
+
+    from mmts_plugins.evaluation.model import load_model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(open_clip, "load_checkpoint", lambda *_, **__: pytest.fail("OpenCLIP was given the file"))
+    make, message = CHECKPOINTS[case]
+    make(tmp_path / "epoch_1.pt")
+    with pytest.raises(MMTSError) as error:
+        load_model(small_model, tmp_path / "epoch_1.pt")
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "epoch_1.pt"))
+    assert not (tmp_path / "bombed").exists()
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "zero row": (lambda path: np.save(path, [[1.0, 0], [0, 0]]), "--image-features", "row 1 (counting from 0) is all"),
+    "NaN": (lambda path: np.save(path, [[1.0, 0], [np.nan, 0]]), "--image-features", "row 1 (counting from 0) holds"),
+    "infinite": (lambda path: np.save(path, [[np.inf, 0]]), "--image-features", "row 0 (counting from 0) holds"),
+    "width": (lambda path: np.save(path, np.ones((4, 7))), "--text-features", "7 dimensions, but images.npy has 2"),
+    "one row": (lambda path: np.save(path, np.ones(3)), "--image-features", "the shape is [3], expected"),
+    "objects": (lambda path: np.save(path, np.array([Bomb()])), "--image-features", "cannot be read as .npy"),
+    "words": (lambda path: path.write_text("one\ntwo"), "--text-image", "expected a whole number per line"),
+    "huge": (lambda path: path.write_text("9" * 40), "--text-image", "expected a whole number per line"),
+    "Latin-1": (lambda path: path.write_bytes(b"caf\xe9\n"), "--classes", "cannot be read as text (--classes)"),
+    "matrix": (lambda path: path.write_text("1,x\n"), "--relevancy", "cannot be read as a matrix"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_cannot_be_used_is_named(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, flag, message = FILES[case]
+    suffix = {"--relevancy": ".csv"}.get(flag, ".npy" if "features" in flag else ".txt")
+    path = tmp_path / f"bad{suffix}"
+    make(path)
+    np.save("images.npy", at(*IMAGES))
+    np.save("texts.npy", at(*TEXTS))
+    (tmp_path / "set.tsv").write_text("filepath\ttitle\n" + "".join("\t".join(row) + "\n" for row in ROWS))
+    argv = {"--image-features": "images.npy", "--text-features": "texts.npy", flag: str(path)}
+    if flag == "--classes":
+        argv |= {"--class-features": "images.npy", "--label-column": "filepath"}
+    data = [] if flag == "--text-image" else ["set.tsv"]
+    before = sorted(tmp_path.iterdir())
+    assert main(["eval", *data, *(word for pair in argv.items() for word in pair), "-o", "out.json"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"mmts: error: {path}: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_half_a_character_in_a_caption_is_refused(tmp_path: Path) -> None:
+    image = {"split": "test", "filename": "a.jpg", "sentences": [{"raw": "a ferry \ud83d in fog"}]}
+    (tmp_path / "k.json").write_text(json.dumps({"images": [image]}))
+    with pytest.raises(MMTSError, match="holds half a character"):
+        sets.read(sets.Reading(str(tmp_path / "k.json")))
+
+
+def test_the_output_is_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk leaves the earlier file as it was, and the numbers on the screen."""
+    measured(tmp_path, at(*IMAGES), at(*TEXTS), rows=ROWS)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        with open(self, "w") as file:
+            file.write('{"half')
+        raise OSError(28, "No space left on device")
+
+    capsys.readouterr()
+    monkeypatch.setattr(Path, "write_text", full)
+    argv = ["eval", tmp_path / "set.tsv", "--image-features", tmp_path / "image.npy", "--text-features",
+            tmp_path / "text.npy", "--resamples", 0, "-o", tmp_path / "out.json", "--force"]  # fmt: skip
+    assert main([*map(str, argv)]) == 2
+    said = capsys.readouterr()
+    assert "out.json: cannot be written: No space left on device; the numbers stand above" in said.err
+    assert "| text → image R@1         | 50.0" in said.out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: pytest.fail("the work was begun"))
+    argv = ["eval", "--image-features", "i", "--text-features", "t", "-o", str(tmp_path / "new" / "out.json")]
+    assert main(argv) == 2
+    assert f"cannot be written, {tmp_path} is not a writable folder" in capsys.readouterr().err
 
 
 class Bomb:

@@ -7,6 +7,7 @@ import csv
 import html
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from mmts_plugins.errors import ConfigError, MMTSError
 from mmts_plugins.plan import Plan, named_table, resolve_for
 from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
 from mmts_plugins.report import concepts, logs, plots, run, schedule, table
+from mmts_plugins.report.page import escaped, slugs
 from mmts_plugins.runtime import Runtime
 
 pytest.importorskip("matplotlib")
@@ -238,6 +240,10 @@ def test_weights_of_negatives_are_the_losses_own() -> None:
         (["--table", "gone.parquet"], "gone.parquet: no such cluster table"),
         (["--config", "gone.yaml"], "gone.yaml: cannot read"),
         (["--total-steps", "0"], "at least one optimizer step"),
+        (["--total-steps", "9" * 400], "--total-steps is <a whole number of"),
+        (["--shift-min", "nan"], "--shift-min is nan: it must be a finite number"),
+        (["--shift-max", "1e300"], "--shift-max is 1e+300: it must be at most 1000"),
+        (["--period", "1e-9"], "--period is 1e-09: it must be 0.001 or above"),
     ],
 )
 def test_plot_schedule_refuses(
@@ -247,6 +253,42 @@ def test_plot_schedule_refuses(
     assert main(["plot", "schedule", *argv]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_plot_schedule_draws_every_panel(data: Data, tmp_path: Path, figures: dict[str, Any]) -> None:
+    changes = ["--shift-min", "0.06", "--shift-max", "0.2", "--alpha", "0.1", "--num-oscillations", "2"]
+    argv = ["plot", "schedule", "--preset", "clip-cc3m", "vast-clip", "--total-steps", "41", *changes]
+    assert main([*argv, "-o", str(tmp_path / "s.png")]) == 0
+    axes = figures["s.png"].axes
+    assert len(axes) == 6
+    base = 0.05 * np.cos(2 * np.pi * np.arange(41) / 20.5)
+    for panel in axes:
+        lines = {line.get_label(): line for line in panel.get_lines()}
+        if panel.get_ylabel() == "base":
+            assert next(iter(panel.get_lines())).get_ydata() == pytest.approx(base)
+        elif panel.get_ylabel() == "temperature":
+            assert lines["rarest"].get_ydata() == pytest.approx(base + 0.06)
+            assert lines["most common"].get_ydata() == pytest.approx(base + 0.2)
+        else:
+            assert set(lines) == {"rarest, lowest: 0.01", "rarest, highest: 0.11", "most common, lowest: 0.15",
+                                  "most common, highest: 0.25"}  # fmt: skip
+    assert sorted(panel.get_ylabel() for panel in axes) == [
+        "base", "base", "temperature", "temperature", *["weight relative to the hardest"] * 2]  # fmt: skip
+    titles = [part._suptitle.get_text() for part in figures["s.png"].subfigs]
+    assert titles == [f"{name}: mmts-infonce, alpha 0.1, shifts 0.06 to 0.2" for name in ("clip-cc3m", "vast-clip")]
+
+
+def test_somebodys_style_changes_nothing(tmp_path: Path) -> None:
+    """A matplotlibrc that sets type with TeX, which is not installed, or that is huge."""
+    import matplotlib
+
+    argv = ["plot", "schedule", "-o", str(tmp_path / "s.png")]
+    assert main(argv) == 0
+    before = (tmp_path / "s.png").read_bytes()
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40, "axes.facecolor": "black"}):
+        assert main(argv) == 0
+        assert matplotlib.rcParams["font.size"] == 40
+    assert (tmp_path / "s.png").read_bytes() == before
 
 
 # --- mmts report TABLE ------------------------------------------------------------------------------------------------
@@ -289,6 +331,128 @@ def test_report_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert int(row["samples"]) == size
         assert row["words"].split()[0] == NOUNS[int(row["cluster"])]
     assert len(rows) == 8
+
+
+def cells_of(page: str, after: str) -> list[list[str]]:
+    """The rows of the first table behind ``after``."""
+    body = page.split(after)[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [[html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row)] for row in body.split("</tr>")[:-1]]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every figure that is written, by the name of its file."""
+    kept: dict[str, Any] = {}
+    for module in (run, table, schedule):
+        monkeypatch.setattr(module, "save", lambda figure, path: (kept.update({path.name: figure}),
+                                                                  plots.save(figure, path)))  # fmt: skip
+    return kept
+
+
+def test_report_of_a_table_that_can_be_reckoned_by_hand(tmp_path: Path, figures: dict[str, Any]) -> None:
+    """100 samples in clusters of 40, 30, 20 and 10; a third is 33 1/3 of them. Cluster 7 is the most common."""
+    keys, cluster, count = [], [], []
+    for size, number in ((10, 2), (40, 7), (20, 0), (30, 5)):  # one caption of all but one sample, and one of one
+        keys += [f"word{number} often", f"word{number} once"]
+        cluster += [number, number]
+        count += [size - 1, 1]
+    sizes = np.bincount(cluster, weights=count)
+    ClusterTable.build(keys, cluster, sizes[cluster], count).save(tmp_path / "t.parquet")
+    out = tmp_path / "out"
+    assert report(tmp_path / "t.parquet", "-o", out) == 0
+    page = page_of(out)
+    assert cells_of(page, "<h1>") == [
+        ["samples", "100"], ["distinct captions", "8"], ["clusters", "4"],
+        ["most common, rarest", "40 and 10 samples"], ["imbalance", "4 to 1"],
+        ["half of the samples", "in the 2 most common (50%)"],
+    ]  # fmt: skip
+    # Means of thirds: 40; 6 2/3 of 40 and 26 2/3 of 30; 3 1/3 of 30, 20 of 20 and 10 of 10.
+    assert cells_of(page, "Shift and temperature") == [
+        ["most common", "40", "0.1000", "0.0800", "0.1200"],
+        ["head third", "40", "0.1000", "0.0800", "0.1200"],
+        ["middle third", "32", "0.0867", "0.0667", "0.1067"],
+        ["tail third", "18", "0.0633", "0.0433", "0.0833"],
+        ["rarest", "10", "0.0500", "0.0300", "0.0700"],
+    ]
+    assert "shifts 0.05 to 0.1 (Eq. 6), alpha 0.04: every temperature moves by 0.02 up and down" in page
+    assert re.findall("<h3>(.*?)</h3>", page) == [
+        f"#{place}: word{number}, often, once" for place, number in enumerate((7, 5, 0, 2), 1)]  # fmt: skip
+    assert "40 samples, frequency 40; shift 0.1000, temperature 0.0800 to 0.1200" in page
+    assert "10 samples, frequency 10; shift 0.0500, temperature 0.0300 to 0.0700" in page
+    assert "92 of 100 samples (92.0%) repeat an earlier caption; 4 captions occur more than once." in page
+    assert cells_of(page, "repeat an earlier caption") == [
+        ["word7 often", "39"], ["word5 often", "29"], ["word0 often", "19"], ["word2 often", "9"]]  # fmt: skip
+    assert list(csv.reader((out / "clusters.csv").open(encoding="utf-8"))) == [
+        ["cluster", "frequency", "samples", "keys", "shift", "lowest", "highest", "words"],
+        ["7", "40", "40", "2", "0.100000", "0.080000", "0.120000", "word7 often once"],
+        ["5", "30", "30", "2", "0.083333", "0.063333", "0.103333", "word5 often once"],
+        ["0", "20", "20", "2", "0.066667", "0.046667", "0.086667", "word0 often once"],
+        ["2", "10", "10", "2", "0.050000", "0.030000", "0.070000", "word2 often once"],
+    ]
+    text = html.unescape(page)
+    assert "40 samples for the most common of 4 clusters down to 10; the most common third of them hold 70%" in text
+    assert ("shift 0.100 for the most common samples, 0.083 for the median one, 0.050 for the rarest, each moving by "
+            "0.02 up and down") in text  # fmt: skip
+    top, bottom = figures["long_tail.png"].axes
+    steps = top.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in steps} >= {(0.5, 40), (1.5, 40), (1.5, 30), (2.5, 20), (3.5, 10), (4.5, 10)}
+    assert bottom.get_lines()[0].get_xydata().tolist() == [[0, 0], [25, 40], [50, 70], [75, 90], [100, 100]]
+    line = figures["temperatures.png"].axes[0].get_lines()[0]
+    assert np.interp([10, 50, 80, 95], *line.get_data()) == pytest.approx([0.1, 0.25 / 3, 0.2 / 3, 0.05])
+    band = figures["temperatures.png"].axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.03, 0.12))
+
+
+def test_frequencies_of_several_clusterings_are_means_over_samples() -> None:
+    made = ClusterTable.build(["a", "b", "c"], [4, 1, 4], [10.0, 30.0, 40.0], [3, 5, 1])
+    found = concepts.Concepts.of(made, np.array([0.1, 0.3, 0.4]))
+    assert (found.ids.tolist(), found.samples.tolist()) == ([1, 4], [5, 4])
+    assert found.frequency.tolist() == [30, (3 * 10 + 40) / 4]
+    assert found.shift == pytest.approx([0.3, (3 * 0.1 + 0.4) / 4])
+    assert found.place.tolist() == [1, 0, 1]
+    assert found.members(1).tolist() == [0, 2]
+
+
+def test_telling_words_are_weighed_by_hand() -> None:
+    """dog: all 4 of cluster 0, and 1 of 4 in cluster 1; a: 7 of 8; in a cluster there are 9 words on average."""
+    made = ClusterTable.build(["a dog", "dog run", "A cat  ran", "old dog", "a car 42 x"], [0, 0, 1, 1, 1],
+                              [4, 4, 4, 4, 4], [3, 1, 2, 1, 1])  # fmt: skip
+    groups = concepts.Concepts.of(made, made.frequency)
+    # "a" and "x" are single letters and 42 is a number: no words. Words: dog 4 + 1, run 1, cat 2, ran 2, old 1, car 1.
+    average = (5 + 1 + 2 + 2 + 1 + 1) / 2
+    weights = {"cat": 2 / 4 * math.log(1 + average / 2), "dog": 1 / 4 * math.log(1 + average / 5),
+               "old": 1 / 4 * math.log(1 + average / 1)}  # fmt: skip
+    assert weights["cat"] > weights["old"] > weights["dog"]
+    assert concepts.telling_words(made, groups, []) == [["dog", "run"], ["cat", "ran", "car", "old", "dog"]]
+    assert concepts.telling_words(made, groups, [], many=3)[1] == ["cat", "ran", "car"]
+    assert concepts.examples(made, np.array([0, 1, 2, 3, 4]), 3) == ["a dog", "A cat ran", "a car 42 x"]
+    assert concepts.shortened("x" * 300) == "x" * 300
+    assert concepts.shortened("x" * 301) == "x" * 299 + "…"
+
+
+def test_tables_of_one_name_are_written_side_by_side(tmp_path: Path) -> None:
+    for folder, counts in (("a", "7,1\n8,2\n"), ("b", "7,10\n8,30\n9,2\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "$c$.csv").write_text("class_id,count\n" + counts)
+    assert report(tmp_path / "a" / "$c$.csv", tmp_path / "b" / "$c$.csv", "-o", tmp_path / "out") == 0
+    written = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("*.csv")}
+    assert written == {"clusters__c_.csv": 3, "clusters__c__2.csv": 4}
+
+
+def test_metadata_that_is_odd_is_shown_in_a_few_words(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(300):
+        deep = {"x": deep}
+    long_tail(tmp_path / "t.parquet", runs="3", source="a b;c<i>", deep=deep, many=["x"] * 10**5, name="two\nlines",
+              half="\ud83d", stability={"verdict": ["x"] * 10**5, "deep": deep, "ok": 0.5})  # fmt: skip
+    assert report(tmp_path / "t.parquet", "-o", tmp_path / "out") == 0
+    assert len(page_of(tmp_path / "out")) < 400_000
+    rows = dict(cells_of(page_of(tmp_path / "out"), "How the table was made"))
+    assert (rows["runs"], rows["name"], rows["half"]) == ("3", "two lines", "\\ud83d")
+    assert len(rows["many"]) < 100
+    long_tail(tmp_path / "u.parquet", source="a b;c<i>")
+    assert report(tmp_path / "u.parquet", "-o", tmp_path / "other") == 0
+    assert "mmts stability &#x27;a b;c&lt;i&gt;&#x27; --runs 20" in page_of(tmp_path / "other")
 
 
 def test_report_shows_the_stability_that_was_measured(tmp_path: Path) -> None:
@@ -393,6 +557,7 @@ def test_report_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureF
         ([good, good, "--embeddings", tmp_path / "short.npy"], "belongs to one table"),
         ([tmp_path / "noun.csv", "--encoder", "tfidf"], "no captions to embed"),
         ([good, "--sample", 0], "--sample must be at least 1"),
+        ([good, "--seed", 2**32], "--seed at least 0 and below 2^32"),
     ]:
         assert report(*argv, "-o", out) == 2, argv
         assert message in capsys.readouterr().err
@@ -431,6 +596,10 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 # --- reading runs -----------------------------------------------------------------------------------------------------
 
 
+ODD_NAMES = ["$x_1^2$", "_hidden", "a\\b {c} $", "<b>&\"'", "新しい実行", "two\nlines \u202e", "x" * 120, "y" * 120,
+             " ", "café", "cafe\u0301", os.fsdecode(b"caf\xe9")]  # fmt: skip
+
+
 def score(value: float, **thirds: float) -> dict[str, Any]:
     """As ``mmts eval`` writes it."""
 
@@ -459,7 +628,8 @@ def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (
                 "alignment": 1 - step / 100}  # fmt: skip
         lines.append(json.dumps({name: value for name, value in line.items() if name not in skip}))
     (checkpoints / "mmts.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "params.txt").write_text(f"batch_size: 8\nepochs: 2\nlr: {changes.get('alpha', 0.1)}\nname: {folder}\n")
+    (folder / "params.txt").write_text(f"batch_size: 8\nepochs: 2\nlr: {changes.get('alpha', 0.1)}\nname: {folder}\n",
+                                       errors="surrogateescape")  # fmt: skip
     recall = score(0.4, head=0.5, mid=0.4, tail=0.3)
     metrics = {"image_to_text_R@1": recall, "image_to_text_median_rank": score(3.0)}
     (folder / "mmts_eval.json").write_text(json.dumps({"format": 1, "metrics": metrics}))
@@ -506,6 +676,148 @@ def test_logs_are_read_as_they_were_left(made: Path, tmp_path: Path) -> None:
     for inside in (folder / "checkpoints", folder / "checkpoints" / "mmts.yaml"):
         again = logs.read_run(inside)
         assert (again.name, again.metrics.keys()) == ("a", found.metrics.keys())
+
+
+def test_a_half_line_takes_nothing_with_it(made: Path, tmp_path: Path) -> None:
+    """A killed run's last line has no end, and older versions wrote on behind it."""
+    folder = make_run(tmp_path / "a", made)
+    log = folder / "checkpoints" / "mmts.jsonl"
+    log.write_text('{"step": 0, "loss": 4.0}\n{"step": 10, "lo{"step": 20, "loss": 3.0}\n\0\0\n{"step": 30, "loss": 2.')
+    found = logs.read_run(folder)
+    assert found.series["loss"].tolist() == [[0, 4.0], [20, 3.0]]
+    assert found.notes == ["mmts.jsonl: 3 line(s) could not be read and were left out"]
+
+
+def test_the_record_is_found_beside_params_txt_and_among_older_checkpoints(made: Path, tmp_path: Path) -> None:
+    old, new, both = (make_run(tmp_path / name, made) for name in ("old", "new", "both"))
+    for name in ("mmts.yaml", "mmts.jsonl"):
+        (new / "checkpoints" / name).rename(new / name)
+    (both / "checkpoints" / "mmts.yaml").rename(both / "mmts.yaml")  # resumed after an update
+    (both / "checkpoints" / "mmts.yaml").write_text("alpha: 9\n")
+    (both / "mmts.jsonl").write_text('{"step": 90, "total_steps": 100, "loss": 0.5}\n')
+    expected = logs.read_run(old)
+    assert (expected.record["alpha"], len(expected.series["loss"])) == (0.04, 10)
+    for given in (new, new / "mmts.yaml", new / "checkpoints", both):
+        found = logs.read_run(given)
+        assert {**found.record, "clusters": ""} == {**expected.record, "clusters": ""}, given
+        assert found.record_path == found.record_path.parent / "mmts.yaml"
+        assert found.record_path.parent.name == found.name == given.relative_to(tmp_path).parts[0]
+        assert found.series["loss"][:9].tolist() == expected.series["loss"][:9].tolist()
+        assert found.series["loss"][9].tolist() == [90, 0.5 if given == both else 2.2]
+        assert found.notes == []
+    assert report(old, new, both, "-o", tmp_path / "out") == 0
+    assert text_of(tmp_path / "out").count("is the configured cosine at all 10 logged steps") == 3
+
+
+LOG = "2026 | INFO | Train Epoch: {} [ 8/48 ({}%)] LR: 0.1 Logit Scale: {} Loss: {} (2.5)\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "series"),
+    [
+        (LOG.format(0, 50, "0.000", "2.5"), {"loss": [[50, 2.5]]}),  # one over nothing is no temperature
+        (LOG.format(0, 50, "nan", "3.5"), {"loss": [[50, 3.5]]}),
+        (LOG.format(0, 50, "20", "inf"), {"learned_temperature": [[50, 0.05]]}),
+        (LOG.format(0, 50, "20", "1e300"), {"learned_temperature": [[50, 0.05]]}),
+        (LOG.format(0, 50, "1.2.3", "2.5"), {}),
+        (LOG.format(0, 50, "20", "n-a"), {}),
+        (LOG.format("9" * 5000, 50, "20", "2.5"), {}),
+        (LOG.format(0, "9" * 5000, "20", "2.5"), {}),
+        (LOG.format(0, 50, "2" * 5000, "2.5"), {"loss": [[50, 2.5]]}),
+        (LOG.format("٣", 50, "20", "2.5"), {}),
+        ("Train Epoch: 1 [(" * 100_000 + "\n", {}),
+    ],
+)
+def test_a_line_that_is_odd_costs_itself_alone(line: str, series: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "params.txt").write_text("epochs: 1\n")
+    (tmp_path / "out.log").write_bytes(b"\x00\xff\n" + line.encode() + LOG.format(1, 0, "10.0", "1.5").encode())
+    found = logs.read_run(tmp_path).series
+    expected = {"loss": [[100, 1.5]], "learned_temperature": [[100, 0.1]]}
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: series.get(name, []) + last for name, last in expected.items()
+    }
+
+
+def test_a_resumed_log_goes_on_where_it_was_resumed(tmp_path: Path) -> None:
+    epochs = ((0, 50, 4.0), (1, 50, 3.0), (1, 90, 9.0), (1, 0, 3.5), (1, 50, 2.5), (2, 0, 2.0))
+    lines = [LOG.format(epoch, percent, "20", loss) for epoch, percent, loss in epochs]
+    (tmp_path / "out.log").write_text("".join(lines))
+    (tmp_path / "params.txt").write_text("epochs: ²\n")
+    assert logs.read_run(tmp_path).series["loss"].tolist() == [[25, 4.0], [50, 3.5], [75, 2.5], [100, 2.0]]
+
+
+def test_steps_and_values_that_are_none_are_left_out(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    lines = [{"step": 0, "total_steps": 10, "loss": 1, "x\ny": 2, "flag": True, "text": "1", "deep": [[1]]},
+             {"step": 1.5, "loss": 7}, {"step": -1, "loss": 7}, {"step": 10**30, "loss": 7}, {"step": "2", "loss": 7},
+             {"step": True, "loss": 7}, {"loss": 7}, {"step": 5.0, "loss": 10**400}, [1], 3,
+             {"step": 99, "loss": 2, "total_steps": 10}]  # fmt: skip
+    (folder / "checkpoints" / "mmts.jsonl").write_text(
+        "\n".join([*(json.dumps(line) for line in lines), "[" * 100_000, '{"step": ' + "9" * 5000 + "}"])
+    )
+    found = logs.read_run(folder)
+    assert {name: values.tolist() for name, values in found.series.items()} == {
+        "loss": [[0, 1], [99, 2]], "x y": [[0, 2]]}  # fmt: skip
+    assert found.notes == ["mmts.jsonl: 10 line(s) could not be read and were left out",
+                           "the loss is not a finite number from step 5 on: the training diverged"]  # fmt: skip
+
+
+def test_a_record_that_is_odd_is_shown_and_draws_nothing(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    path = folder / "checkpoints" / "mmts.yaml"
+    good = path.read_text()
+    bomb = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+        f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefghij", "bcdefghijk")
+    )
+    for changes, said in [
+        ("alpha: .nan\n", "'alpha' is nan: it must be a finite number"),
+        ("alpha: 1.0e+300\n", "'alpha' is 1e+300: it must be at most 1000"),
+        ("total_steps: 1.0e+400\n", "'total_steps' is inf: it must be a whole number"),
+        ("shift_min: [1]\n", "'shift_min' is '[1]': it must be a number"),
+        ("clusters: 7\n", "'clusters' is 7: it must be text"),
+        ("shift_min: 0.5\n", "shift_min 0.5 is above shift_max 0.1"),
+        ("period: 0\n", "'period' is 0: it must be 0.001 or above"),
+        (bomb, ""),
+        ("2001-01-01: 2002-02-02\n3: {x: 1}\n", ""),
+    ]:
+        path.write_text(good + changes)
+        out = tmp_path / "out"
+        assert report(folder, "-o", out, "--force") == 0
+        assert ("does not describe a schedule" in text_of(out)) == bool(said)
+        assert said in text_of(out)
+        assert (out / "model_card.md").is_file()
+    assert "2001-01-01 datetime.date(2002, 2, 2)" in text_of(out)
+    assert "3 {'x': 1}" in text_of(out)
+    path.write_text(good + "x: [")
+    with pytest.raises(ConfigError, match=r"mmts\.yaml"):
+        logs.read_run(folder)
+
+
+def test_results_that_are_odd_are_notes(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    for name, text in {
+        "deep": "[" * 100_000,
+        "list": '{"metrics": [1]}',
+        "no": "{}",
+        "null": "null",
+        "bytes": "\0",
+    }.items():
+        (folder / f"mmts_eval_{name}.json").write_text(text)
+    (folder / "mmts_eval_bytes.json").write_bytes(b"\xff\xfe")
+    (folder / "mmts_eval_folder.json").mkdir()
+    (folder / ".mmts_eval.json.x1y2.tmp").write_text('{"metrics": {"stale": 1}}')  # of a command that was killed
+    entries = {"nan": math.nan, "huge": 10**400, "a\nb": 1, "none": None, "text": "1", "list": [1], "flag": True,
+               "upside": {"value": 0.5, "low": 0.9, "high": 0.1}, "half": {"value": 0.5, "low": 0.4}}  # fmt: skip
+    (folder / "mmts_eval.json").write_text(json.dumps({"metrics": entries}))
+    found = logs.read_run(folder)
+    assert {name: metric.score for name, metric in found.metrics.items()} == {
+        "eval: a b": logs.Score(1.0), "eval: upside": logs.Score(0.5), "eval: half": logs.Score(0.5)}  # fmt: skip
+    assert found.notes[:2] == ["mmts_eval.json: eval: nan is not a finite number and was left out",
+                               "mmts_eval.json: eval: huge is not a finite number and was left out"]  # fmt: skip
+    refused = [note.split(": not a result of mmts eval: ") for note in found.notes[2:]]
+    assert [name for name, _ in refused] == [f"mmts_eval_{name}.json" for name in (
+        "bytes", "deep", "folder", "list", "no", "null")]  # fmt: skip
+    assert all(why.endswith("; left out") for _, why in refused)
 
 
 def test_a_plain_openclip_run_is_read(tmp_path: Path) -> None:
@@ -572,6 +884,162 @@ def test_report_of_two_runs(made: Path, tmp_path: Path) -> None:
     assert (out / "model_card_two_i_.md").exists()
 
 
+def test_figures_of_runs_hold_what_was_configured_and_logged(
+    made: Path, tmp_path: Path, figures: dict[str, Any]
+) -> None:
+    one, two = make_run(tmp_path / "one", made), make_run(tmp_path / "two", made, alpha=0.02)
+    lower = {"image_to_text_R@1": score(0.3, head=0.45, tail=0.1)}
+    (two / "mmts_eval.json").write_text(json.dumps({"metrics": lower}))
+    assert report(one, two, "-o", tmp_path / "out") == 0
+    plan = Plan(vars(Config(INFONCE, 0.04, 0.05, 0.1, str(made))), 100, ClusterTable.load(made))
+
+    upper = figures["schedule.png"].axes[0]
+    lines = {line.get_label(): line for line in upper.get_lines()}
+    for name in ("head", "middle", "tail"):
+        expected = plan.base(np.arange(100)) + plan.shifts[name]
+        assert lines[f"{name} third"].get_ydata() == pytest.approx(expected)
+        assert lines[f"{name} third"].get_xdata().tolist() == list(range(100))
+    dots = [line for line in upper.get_lines() if line.get_marker() == "."]
+    for line, name in zip(dots, ("head", "middle", "tail")):
+        assert line.get_xdata() == pytest.approx(np.arange(0, 100, 10))
+        assert line.get_ydata() == pytest.approx(plan.base(np.arange(0, 100, 10)) + plan.shifts[name])
+        assert line.get_color() == lines[f"{name} third"].get_color()
+    assert len(dots) == 3
+
+    over, by_third, _ = figures["loss.png"].axes
+    assert [line.get_label() for line in over.get_lines()] == ["one", "two"]
+    assert over.get_lines()[0].get_xydata().tolist() == [[step, 4 - step / 50] for step in range(0, 100, 10)]
+    assert {line.get_label(): line.get_ydata()[0] for line in by_third.get_lines()} == {"head": 4.0, "tail": 3.0}
+
+    alignment, hit_rate = figures["diagnostics.png"].axes
+    assert (alignment.get_title(loc="left"), hit_rate.get_title(loc="left")) == ("alignment", "hit rate")
+    assert alignment.get_lines()[1].get_ydata()[3] == pytest.approx(0.7)
+
+    bars = figures["metrics.png"].axes[0].containers
+    assert [container.get_label() for container in bars] == ["one", "two"]
+    assert [container[0].get_xdata()[0] for container in bars] == pytest.approx([40, 30])
+    assert bars[1][2][0].get_segments()[0][:, 0] == pytest.approx([25, 35])
+    thirds = figures["thirds.png"].axes[0].containers
+    assert [list(container[0].get_ydata()) for container in thirds] == [pytest.approx([50, 40, 30]),
+                                                                        pytest.approx([45, 10])]  # fmt: skip
+    assert [list(container[0].get_xdata()) for container in thirds] == [pytest.approx([-0.06, 0.94, 1.94]),
+                                                                        pytest.approx([0.06, 2.06])]  # fmt: skip
+
+
+def texts_of(figure: Any) -> list[str]:
+    """Everything written in a figure, as a reader sees it; none of it may be a formula."""
+    from matplotlib import cbook
+    from matplotlib.text import Text
+
+    figure.canvas.draw()
+    found = [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
+    assert not [text for text in found if cbook.is_math_text(text)]
+    return [text.replace(r"\$", "$") for text in found]
+
+
+@pytest.mark.filterwarnings("error")
+def test_report_of_odd_names(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page of twelve runs whose names are formulas, HTML, hidden labels, of other scripts, alike, or no text."""
+    figures: dict[str, list[str]] = {}
+    legends: dict[str, list[str]] = {}
+
+    def save(figure: Any, path: Path) -> None:
+        figures[path.name] = texts_of(figure)
+        legends[path.name] = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        plots.save(figure, path)
+
+    monkeypatch.setattr(run, "save", save)
+    folders = [make_run(tmp_path / name, made, alpha=0.001 * place) for place, name in enumerate(ODD_NAMES, 1)]
+    metric = {"$R$_<i>@1: `x`|*y* mAP": score(0.4), "_mAP": score(0.2)}
+    for folder in folders:
+        (folder / "mmts_eval.json").write_text(json.dumps({"metrics": metric}))
+        (folder / "params.txt").write_text("data: <script>$x$\u2028\n")
+        with (folder / "checkpoints" / "mmts.jsonl").open("a") as log:
+            log.write('{"step": 90, "$y$": 1}\n{"step": 95, "$y$": 2}\n')
+    out = tmp_path / "out"
+    assert report(*folders, "-o", out) == 0
+    page = (out / "report.html").read_bytes().decode("utf-8")
+    for forbidden in ("<i>", "<b>", "<script>", "\udce9"):
+        assert forbidden not in page
+    shown = ["$x_1^2$", "_hidden", "a\\b {c} $", "<b>&\"'", "新しい実行", "two lines \\u202e", "x" * 120, "y" * 120,
+             "run", "café", "cafe\u0301", "caf\\udce9"]  # fmt: skip
+    heads = html.unescape(page.split("<h2>Configuration</h2>")[1].split("</thead>")[0])
+    assert re.findall("<th>(.*?)</th>", heads) == ["", *shown]
+    labels = [*shown[:4], r"\u65b0\u3057\u3044\u5b9f\u884c", shown[5], "x" * 13 + "…" + "x" * 26,
+              "y" * 13 + "…" + "y" * 26, *shown[8:]]  # fmt: skip
+    labels[1] = " _hidden"  # legends leave out what starts with an underscore
+    for name in ("loss.png", "metrics.png", "diagnostics.png"):
+        assert [label.replace(r"\$", "$") for label in legends[name]] == labels, name
+    assert {label for label in labels if label.strip()} <= set(figures["schedule.png"])
+    assert " $R$ <i>@1: `x`|*y* mAP".strip() in [text.strip() for text in figures["metrics.png"]]
+    assert "$y$" in figures["diagnostics.png"]
+    cards = sorted(path.name for path in out.glob("model_card_*.md"))
+    assert len(cards) == len(ODD_NAMES)
+    assert {"model_card__x_1_2_.md", f"model_card_{'x' * 48}.md", "model_card_caf_udce9.md"} <= set(cards)
+    card = (out / "model_card__x_1_2_.md").read_text(encoding="utf-8")
+    assert r"| \$R\$ \<i\>@1: \`x\`\|\*y\* mAP | 40.0 [35.0, 45.0] |" in card
+
+
+def test_report_of_many_values_and_metrics(made: Path, tmp_path: Path) -> None:
+    """A figure has its limits, and says what it leaves out; tables hold everything."""
+    folder = make_run(tmp_path / "one", made)
+    lines = [json.dumps({"step": step, **{f"value{number:03d}": step for number in range(300)}}) for step in (1, 2)]
+    (folder / "mmts.jsonl").write_text("\n".join(lines))
+    metrics = {f"set{number}: R@1": number / 300 for number in range(300)}
+    (folder / "mmts_eval.json").write_text(json.dumps({"metrics": metrics}))
+    assert report(folder, "-o", tmp_path / "out") == 0
+    page = page_of(tmp_path / "out")
+    assert "value020, value021; the first 24 of 302 values." in page
+    assert "set99: R@1 one 33.0; the first 100 of 300 metrics." in page
+    assert "<td>set299: R@1</td><td>99.7</td>" in page
+
+
+def test_a_figure_of_many_runs_leaves_some_out(tmp_path: Path) -> None:
+    runs = [logs.TrainingLog(str(number), {}, None, {"learned_temperature": np.array([[0, 0.1], [100, 0.2]])},
+                             np.empty(0), {}, {}) for number in range(30)]  # fmt: skip
+    said = run.plot_schedule(tmp_path / "s.png", runs, [None] * 30)
+    assert said is not None
+    assert said.startswith("the first 24 of 30 runs; 0: one learned temperature, 0.2000 at the end; 1: ")
+    assert "23: one" in said
+    assert "24: one" not in said
+
+
+def test_text_for_figures_and_file_names() -> None:
+    assert plots.literal("a$b") == r"a\$b"
+    assert plots.literal("_a\n$1 $2") == r" _a \$1 \$2"
+    assert plots.literal("0123456789" * 3, 12) == "0123…3456789"
+    assert plots.literal("é→新\ud83d") == r"é→\u65b0\ud83d"
+    assert slugs(["a b", "a_b", "A b", "a_b_2", "x" * 90, "/../", ""]) == [
+        "a_b", "a_b_2", "A_b_3", "a_b_2_2", "x" * 48, "_.._", ""]  # fmt: skip
+    assert escaped("a<b>&\"'\0\x1b\ud83d\n\tü") == "a&lt;b&gt;&amp;&quot;&#x27;\\x00\\x1b\\ud83d\n\tü"
+
+
+def test_a_report_is_whole_or_the_one_before(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a killed or failing command left, the page is a whole one, and the next command is not disturbed."""
+    folder, out = make_run(tmp_path / "one", made), tmp_path / "out"
+    assert report(folder, "-o", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    written: list[str] = []
+    whole = plots.save
+
+    def fails(figure: Any, path: Path) -> None:
+        if written:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path.name)
+        whole(figure, path)
+
+    with monkeypatch.context() as inside:
+        inside.setattr(run, "save", fails)
+        assert report(folder, "-o", out, "--force") == 2
+    assert written == ["schedule.png"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for name in (".report.html.a1.tmp", ".schedule.png.b2.tmp", ".model_card.md.c3.tmp"):
+        (out / name).write_text("half")
+    assert report(folder, "-o", out, "--force") == 0
+    for name, content in before.items():
+        assert (out / name).read_bytes() == content, name
+
+
 def test_report_compares_with_a_plain_run_and_names_what_is_none(made: Path, tmp_path: Path) -> None:
     ours, plain = make_run(tmp_path / "ours", made), make_plain(tmp_path / "plain")
     (tmp_path / "photos").mkdir()
@@ -585,6 +1053,12 @@ def test_report_compares_with_a_plain_run_and_names_what_is_none(made: Path, tmp
     assert "image to text R@1 30.0 40.0 [35.0, 45.0] +10.0" in text
     assert "Without MM-TS, or without its mmts.yaml: plain." in text
     assert [path.name for path in out.glob("*.md")] == ["model_card_ours.md"]
+
+
+def test_a_plain_run_that_keeps_its_table_is_a_run(tmp_path: Path) -> None:
+    long_tail(make_plain(tmp_path / "plain") / "clusters.parquet")
+    assert report(tmp_path / "plain", "-o", tmp_path / "out") == 0
+    assert "Training run: plain" in text_of(tmp_path / "out")
 
 
 def test_report_of_a_plain_run_alone_is_the_page_of_what_there_is(tmp_path: Path) -> None:

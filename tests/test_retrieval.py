@@ -105,6 +105,7 @@ def test_class_embeddings_are_normalised_means() -> None:
         (torch.full((2, 3), torch.nan), torch.tensor([0, 1]), "queries: a feature is not a finite number"),
         (torch.ones(2, 3), torch.tensor([0, 9]), "1 of 2 queries have no relevant candidate"),
         (torch.ones(2, 3), torch.tensor([0]), "queries: (1,) labels for features of shape (2, 3)"),
+        (torch.ones(2, 4), torch.tensor([0, 1]), "queries of shape (2, 4) for candidates of shape (3, 3)"),
     ],
 )
 def test_bad_input_is_an_error(queries: torch.Tensor, labels: torch.Tensor, message: str) -> None:

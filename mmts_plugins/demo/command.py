@@ -10,12 +10,12 @@ import platform
 import shutil
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .._files import replacing
 from ..errors import MMTSError
+from ..evaluation.command import installed_version
 
 EXTRAS = "pip install 'mmts-plugins[openclip,cluster,report]'"
 NEEDED = ("open_clip", "open_clip_train", "sklearn", "pandas", "PIL", "tqdm", "matplotlib")
@@ -59,13 +59,14 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MMTSError(f"the demo needs {', '.join(missing)}: {EXTRAS}")
-    if args.epochs < 1 or args.batch_size < 2 or args.seed < 0:
-        raise MMTSError("--epochs must be at least 1, --batch-size at least 2, --seed at least 0")
+    if args.epochs < 1 or args.batch_size < 2 or not 0 <= args.seed < 2**32:
+        raise MMTSError("--epochs must be at least 1, --batch-size at least 2, --seed at least 0 and below 2^32")
     folder = args.output.resolve()
     prepare(folder, args.force)
     # More threads gain nothing on a model this small, and cost much where other jobs want the cores too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+    from ..report.plots import own_style
     from . import data, report
     from .evaluate import evaluate
     from .train import run_logged, shown, train
@@ -112,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
         seconds=time.monotonic() - started,
         versions=versions(),
     )
-    report.write(folder, outcome)
+    with own_style():
+        report.write(folder, outcome)
     with replacing(folder / FINISHED) as temporary:
         temporary.write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
     print(f"\n{outcome.table()}\n{outcome.caveat()}\n\nDone in {outcome.seconds:.0f} s.")
@@ -156,4 +158,5 @@ def versions() -> dict[str, str]:
     from .. import __version__
 
     packages = ("open_clip_torch", "torch", "scikit-learn", "numpy")
-    return {"mmts-plugins": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
+    found = {name: installed_version(name) or "unknown" for name in packages}
+    return {"mmts-plugins": __version__, "python": platform.python_version(), **found}

@@ -13,8 +13,9 @@ import numpy as np
 
 from .._files import replacing
 from ..clusters import ClusterTable
-from ..config import FILE_NAME, read_record
+from ..config import read_record
 from ..report.concepts import Concepts
+from ..report.logs import record_beside
 from ..report.page import embedded, shell
 from ..report.plots import HEAD, MIDDLE, MMTS, PLAIN, TAIL, legend_above, new_figure, save, tail_to_head
 from ..schedule import CosineSchedule
@@ -70,7 +71,7 @@ def plot_temperatures(path: Path, table: ClusterTable, mmts: TrainingRun, plain:
     Returns:
         A description of the picture.
     """
-    record = read_record(mmts.checkpoint.parent / FILE_NAME)
+    record = read_record(record_beside(mmts.checkpoint))
     concepts = _clusters(table, record)
     sizes, shifts = concepts.frequency, concepts.shift
     total = int(record["total_steps"])
@@ -84,8 +85,18 @@ def plot_temperatures(path: Path, table: ClusterTable, mmts: TrainingRun, plain:
         curve = base + shifts[cluster]
         top.plot(steps, curve, color=color, linewidth=2, label=f"{name} cluster ({sizes[cluster]:.0f} samples)")
         said.append(f"{name} cluster {curve.min():.3f} to {curve.max():.3f}")
-    learned = [(total * at.epochs / plain.progress[-1].epochs, 1 / at.logit_scale) for at in plain.progress]
-    top.plot(*zip(*learned), color=PLAIN, linewidth=1.8, linestyle=(0, (4, 2)), label="plain CLIP (learned)")
+    learned = [
+        (total * at.epochs / plain.progress[-1].epochs, 1 / at.logit_scale)
+        for at in plain.progress
+        if at.logit_scale > 0 and plain.progress[-1].epochs > 0
+    ]
+    top.plot(
+        *np.array(learned).reshape(-1, 2).T,
+        color=PLAIN,
+        linewidth=1.8,
+        linestyle=(0, (4, 2)),
+        label="plain CLIP (learned)",
+    )
     top.set_ylabel("temperature")
     top.set_ylim(bottom=0)
     bottom.plot(steps, base, color="#444444", linewidth=1.6)
@@ -117,7 +128,7 @@ def plot_cluster_sizes(
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    concepts = _clusters(table, read_record(mmts.checkpoint.parent / FILE_NAME))
+    concepts = _clusters(table, read_record(record_beside(mmts.checkpoint)))
     clusters, sizes, shifts = concepts.ids, concepts.frequency, concepts.shift
     colors = ScalarMappable(Normalize(shifts.min(), shifts.max()), tail_to_head())
     figure, (axes,) = new_figure(2.7)
@@ -193,7 +204,7 @@ class Outcome:
             "plain": self._run_json(self.plain_run, self.plain),
             "mmts": {
                 **self._run_json(self.mmts_run, self.mmts),
-                "config": read_record(self.mmts_run.checkpoint.parent / FILE_NAME),
+                "config": read_record(record_beside(self.mmts_run.checkpoint)),
             },
             "cluster_command": self.cluster_command,
             "versions": self.versions,
@@ -254,7 +265,7 @@ def _page(folder: Path, outcome: Outcome, alt: dict[str, str]) -> str:
         for name, plain, mmts in outcome.rows()
     )
     images = {f"image_{name}": embedded(folder / f"{name}.png", text) for name, text in alt.items()}
-    record = read_record(outcome.mmts_run.checkpoint.parent / FILE_NAME)
+    record = read_record(record_beside(outcome.mmts_run.checkpoint))
     commands = (outcome.cluster_command, outcome.plain_run.command, outcome.mmts_run.command)
     body = _BODY.substitute(
         images,

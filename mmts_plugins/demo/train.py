@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import FILE_NAME
 from ..errors import MMTSError
-from ..report.logs import Progress, parse_progress
+from ..report.logs import Progress, parse_progress, record_beside
 
 TRAINER = "open_clip_train.main"
 _TAIL_LINES = 25
@@ -125,7 +124,7 @@ def train(
         run_logged(command, folder, on_line)
     checkpoint = folder / logs / name / "checkpoints" / f"epoch_{epochs}.pt"
     # OpenCLIP exits with 0 on some errors (a run of this name exists), and a lost flag would train plain CLIP.
-    for expected in (checkpoint, *([checkpoint.parent / FILE_NAME] if mmts_flags else [])):
+    for expected in (checkpoint, *([record_beside(checkpoint)] if mmts_flags else [])):
         if not expected.is_file():
             raise MMTSError(f"the run ended without writing {expected}: {shown(command)}")
     return TrainingRun(name, shown(command), checkpoint, time.monotonic() - started, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from .. import __version__
 from .._files import replacing
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, cause
 
 if TYPE_CHECKING:
     from .evaluate import Result
 
 FILE_NAME = "mmts_eval.json"
+_MOST_RESAMPLES = 1_000_000
 
 _DESCRIPTION = """\
 Evaluate a model as papers report it: image-text retrieval (R@1, 5, 10, mean and median rank), multi-instance mAP and
@@ -73,7 +75,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--column", "--csv-caption-key", metavar="NAME",
         help="of the captions; default: title (CSV), desc or caption (JSON), title, caption, text or desc "
         "(Parquet)")  # fmt: skip
-    add("--separator", "--csv-separator", default="\\t", metavar="CHAR", help="of a CSV; default: tab")
+    add("--separator", "--csv-separator", default="\t", metavar="CHAR",
+        help="of a CSV, given to pandas as OpenCLIP does: of several characters it is a regular expression; default: "
+        "tab")  # fmt: skip
     add("--image-root", metavar="DIR", help="where relative image paths start; default: the current folder")
     add("--match-column", metavar="NAME",
         help="an image and a caption with the same value here belong together, and equal captions of one value count "
@@ -123,7 +127,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add("--no-retrieval", action="store_true", help="zero-shot classification only; DATA needs no captions")
     add(
-        "--resamples", type=_whole, default=1000, metavar="B", help="bootstrap draws; default: 1000, 0 for no intervals"
+        "--resamples", type=_draws, default=1000, metavar="B", help="bootstrap draws; default: 1000, 0 for no intervals"
     )
     add("--seed", type=_whole, default=0, metavar="S", help="of the bootstrap; default: 0")
 
@@ -148,8 +152,13 @@ def run(args: argparse.Namespace) -> int:
         raise MMTSError(f"mmts eval needs {error.name}: pip install 'mmts-plugins[openclip,cluster]'") from error
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps(_record(args, result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(_record(args, result), indent=2, allow_nan=False) + "\n"
+    try:
+        with replacing(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:  # a full disk: the work is not to be lost
+        print(table(result))
+        raise MMTSError(f"{output}: cannot be written: {cause(error)}; the numbers stand above") from error
     print(table(result))
     print(f"\nWritten to {output}")
     return 0
@@ -168,9 +177,17 @@ def _record(args: argparse.Namespace, result: Result) -> dict[str, Any]:
         "table_hash": result.table_hash,
         "bootstrap": {"resamples": args.resamples, "seed": args.seed, "level": 0.95},
         "notes": result.notes,
-        "versions": {"mmts-plugins": __version__, **{name: metadata.version(name) for name in packages}},
+        "versions": {"mmts-plugins": __version__, **{name: installed_version(name) for name in packages}},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def installed_version(package: str) -> Optional[str]:
+    """Its version, where there is a package of that name and not only a checkout on the path."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -232,6 +249,11 @@ def _output(args: argparse.Namespace) -> Path:
         raise ConfigError(f"{output}: is a folder; -o/--output names the file to write")
     if output.exists() and not args.force:
         raise ConfigError(f"{output}: exists already; pass --force to replace it, or another -o/--output")
+    above = output.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{output}: cannot be written, {above} is not a writable folder (-o/--output)")
     return output
 
 
@@ -244,6 +266,13 @@ def _whole(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below zero")
+    return value
+
+
+def _draws(text: str) -> int:
+    value = _whole(text)
+    if value > _MOST_RESAMPLES:
+        raise argparse.ArgumentTypeError(f"{value} is more than {_MOST_RESAMPLES:,}, which no interval needs")
     return value
 
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from ..clustering.sources import load_npy, read_embeddings
 from ..clusters import CLASS, ClusterTable
 from ..config import THIRDS
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, reading, shown
 from ..retrieval import KS, class_embeddings, class_ranks, graded, ranks
 from . import frequency, relevancy, sets
 from .model import encode_images, encode_texts, load_model
-from .statistics import Measure, Queries, class_mean, mean, median, shown, summarise
+from .statistics import Measure, Queries, cell, class_mean, mean, median, summarise
 
 TEMPLATE = "a photo of a {}."
 IMAGES, TEXTS = "image", "text"
@@ -89,7 +89,8 @@ def evaluate(args: argparse.Namespace) -> Result:
 
 def _ek100(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
     annotations = relevancy.read_ek100(args.ek100, args.ek100_sentences, args.label_column or "noun_class")
-    images, texts = _features(args.image_features, "--image-features"), _features(args.text_features, "--text-features")
+    images = _features(args.image_features, "--image-features")
+    texts = _features(args.text_features, "--text-features", images, args.image_features)
     clips, captions = len(annotations.labels), len(annotations.captions)
     _check_rows(args.image_features, len(images), clips, f"clips in {args.ek100}")
     if len(texts) == clips:  # as AVION has them: one text per clip
@@ -108,7 +109,8 @@ def _ek100(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
 
 
 def _bare_features(args: argparse.Namespace) -> Task:
-    images, texts = _features(args.image_features, "--image-features"), _features(args.text_features, "--text-features")
+    images = _features(args.image_features, "--image-features")
+    texts = _features(args.text_features, "--text-features", images, args.image_features)
     owner = np.arange(len(texts))
     if args.text_image:
         owner = _read_index(args.text_image, len(texts), len(images))
@@ -129,7 +131,7 @@ def _from_data(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
             format=args.format,
             image_column=args.image_column,
             caption_column=args.column,
-            separator=args.separator.replace("\\t", "\t"),
+            separator=args.separator,
             match_column=args.match_column,
             label_column=args.label_column,
             image_root=args.image_root,
@@ -171,10 +173,10 @@ def _saved(args: argparse.Namespace, samples: sets.Samples, names: Sequence[str]
     _check_rows(args.image_features, len(images), len(samples.images), f"images in {args.data}")
     task = Task(images)
     if not args.no_retrieval:
-        task.texts = _features(args.text_features, "--text-features")
+        task.texts = _features(args.text_features, "--text-features", images, args.image_features)
         _check_rows(args.text_features, len(task.texts), len(samples.captions), f"captions in {args.data}")
     if names:
-        task.classes = _features(args.class_features, "--class-features")
+        task.classes = _features(args.class_features, "--class-features", images, args.image_features)
         _check_rows(args.class_features, len(task.classes), len(names), f"classes in {args.classes}")
     return task
 
@@ -196,11 +198,19 @@ def _encoded(args: argparse.Namespace, samples: sets.Samples, names: Sequence[st
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def _features(path: str, flag: str) -> torch.Tensor:
-    points = torch.from_numpy(np.array(read_embeddings(path, flag=flag), np.float32))
-    if not points.any(dim=1).all():
-        raise MMTSError(f"{path}: row {int((~points.any(dim=1)).int().argmax())} is all zeros ({flag})")
-    return F.normalize(points, dim=1)
+def _features(path: str, flag: str, images: Optional[torch.Tensor] = None, of: str = "") -> torch.Tensor:
+    """``[n, D]`` L2-normalised float32, as wide as ``images``, which came from the file ``of``."""
+    with reading(path, f"cannot be read as features ({flag})"):
+        points = np.asarray(read_embeddings(path, flag=flag))
+    points = points.astype(np.result_type(points.dtype, np.float32))  # whole numbers become float64
+    if images is not None and points.shape[1] != images.shape[1]:
+        raise MMTSError(f"{path}: {points.shape[1]} dimensions, but {of} has {images.shape[1]} ({flag})")
+    largest = np.abs(points).max(axis=1)
+    if not largest.all():
+        raise MMTSError(f"{path}: row {int(largest.argmin())} (counting from 0) is all zeros ({flag})")
+    # By a power of two, which changes no digit: squares of 1e30 or 1e-30 do not fit into float32.
+    points = np.ldexp(points, -np.frexp(largest)[1][:, None])
+    return F.normalize(torch.from_numpy(points.astype(np.float32)), dim=1)
 
 
 def _check_rows(path: str, rows: int, expected: int, what: str) -> None:
@@ -212,10 +222,12 @@ def _read_index(path: str, texts: int, images: int) -> np.ndarray:
     """``[M]`` the row of each caption's image."""
     if not Path(path).exists():
         raise MMTSError(f"{path}: no such file (--text-image)")
-    try:
-        numbers = load_npy(path) if path.endswith(".npy") else np.loadtxt(path, np.int64, ndmin=1)
-    except ValueError as error:
-        raise MMTSError(f"{path}: expected a whole number per line (--text-image): {error}") from error
+    with reading(path, "expected a whole number per line (--text-image)"):
+        if path.endswith(".npy"):
+            numbers = load_npy(path)
+        else:  # not with numpy.loadtxt, whose C code crashes on some damaged files
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+            numbers = np.array([int(line) for line in lines if line.strip()], np.int64)
     if numbers.dtype.kind not in "iu" or numbers.shape != (texts,):
         raise MMTSError(
             f"{path}: {list(numbers.shape)} of {numbers.dtype}, expected {texts} whole numbers (--text-image)"
@@ -228,10 +240,8 @@ def _read_index(path: str, texts: int, images: int) -> np.ndarray:
 
 
 def _lines(path: str, flag: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise MMTSError(f"{path}: cannot be read as text ({flag}): {error}") from error
+    with reading(path, f"cannot be read as text ({flag})"):
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if not lines:
         raise MMTSError(f"{path}: is empty ({flag})")
     return lines
@@ -247,7 +257,7 @@ def _label_numbers(labels: Sequence[str], names: Sequence[str], path: str) -> to
     unknown = next((label for label in labels if label not in known), None)
     if unknown is not None:
         raise MMTSError(
-            f"{path}: the label {unknown!r} is neither one of its {len(names)} names nor a line number from 0"
+            f"{path}: the label {shown(unknown)} is neither one of its {len(names)} names nor a line number from 0"
         )
     return torch.tensor([known[label] for label in labels])
 
@@ -257,7 +267,7 @@ def _prompts(path: Optional[str], names: Sequence[str]) -> list[str]:
     templates = [line.replace("{c}", "{}") for line in (_lines(path, "--templates") if path else [TEMPLATE])]
     bad = next((template for template in templates if template.count("{}") != 1), None)
     if bad is not None:
-        raise MMTSError(f"{path}: the template {bad!r} needs one {{}} (or {{c}}) in the place of the class")
+        raise MMTSError(f"{path}: the template {shown(bad)} needs one {{}} (or {{c}}) in the place of the class")
     return [template.replace("{}", name) for name in names for template in templates]
 
 
@@ -350,8 +360,8 @@ def table(result: Result) -> str:
     for name, entry in result.metrics.items():
         prefix = next(prefix for prefix in _TITLES if name.startswith(prefix))
         title = f"{_TITLES[prefix]} {name[len(prefix) + 1 :].replace('_', ' ')}"
-        cells = [entry, *(entry[third] for third in columns[1:])]
-        rows.append([title, *(shown(cell, percent="rank" not in name) for cell in cells)])
+        entries = [entry, *(entry[third] for third in columns[1:])]
+        rows.append([title, *(cell(each, percent="rank" not in name) for each in entries)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

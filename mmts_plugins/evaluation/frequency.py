@@ -8,7 +8,7 @@ import numpy as np
 
 from ..clustering import encoders
 from ..clusters import CLASS, ClusterTable
-from ..errors import TableError
+from ..errors import TableError, shown
 
 
 def of_classes(table: ClusterTable, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -24,7 +24,7 @@ def of_classes(table: ClusterTable, labels: Sequence[str]) -> tuple[np.ndarray, 
         raise TableError(f"{table.source}: is keyed by captions, but these samples have classes only")
     frequency, known = _looked_up(table, labels)
     if not known.any():
-        raise TableError(f"{table.source}: holds none of the {len(set(labels))} classes, such as {labels[0]!r}")
+        raise TableError(f"{table.source}: holds none of the {len(set(labels))} classes, such as {shown(labels[0])}")
     absent = int((~known).sum())
     return frequency, [f"{absent} samples are of classes that {table.source} lacks: tail"] if absent else []
 

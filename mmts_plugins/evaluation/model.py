@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .._files import PathLike
-from ..errors import MMTSError
+from ..errors import MMTSError, reading, shown
 
 Device = Union[str, torch.device]
 
@@ -58,15 +57,34 @@ def load_model(
 
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise MMTSError(f"{checkpoint}: no such checkpoint (--checkpoint)")
-    with _explained(f"--model {model}: cannot be made"), _quiet():
+    with reading(f"--model {model}", "cannot be made"), _quiet():
         net, _, preprocess = open_clip.create_model_and_transforms(
             model, pretrained, load_weights=checkpoint is None, device=device
         )
         tokenizer = open_clip.get_tokenizer(model)
     if checkpoint is not None:
-        with _explained(f"{checkpoint}: cannot be loaded into --model {model}"):
+        with reading(checkpoint, f"cannot be loaded into --model {model}"):
+            _check_weights(str(checkpoint))
             open_clip.load_checkpoint(net, str(checkpoint), weights_only=True)
     return net.eval(), preprocess, tokenizer
+
+
+def _check_weights(path: str) -> None:
+    """See that a checkpoint opens with ``weights_only`` and holds weights.
+
+    OpenCLIP opens it once more without where this raises a ``TypeError``, which the file can bring about; before
+    torch 2.6 any code in it would then run.
+    """
+    if Path(path).suffix in (".safetensors", ".npz", ".npy"):
+        return
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    weights = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(weights, dict) or not weights:
+        raise MMTSError(f"{path}: holds {shown(weights)[:60]}, not the weights of a model (--checkpoint)")
+    wrong = next((name for name, value in weights.items()
+                  if not (isinstance(name, str) and isinstance(value, torch.Tensor))), None)  # fmt: skip
+    if wrong is not None:
+        raise MMTSError(f"{path}: {shown(wrong)} in it is not a tensor with a name (--checkpoint)")
 
 
 @contextmanager
@@ -76,16 +94,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """OpenCLIP's and torch's many kinds of errors as one line of ours."""
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, EOFError, pickle.UnpicklingError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise MMTSError(f"{what}: {' '.join(lines[:2])[:300]}") from error
 
 
 def encode_images(
@@ -110,11 +118,9 @@ def encode_images(
     from PIL import Image
 
     def load(source: Union[PathLike, TarImage]) -> torch.Tensor:
-        try:
+        with reading(source, "cannot read the image"):
             with Image.open(source.open() if isinstance(source, TarImage) else source) as image:
                 return preprocess(image)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's own for some broken PNGs
-            raise MMTSError(f"{source}: cannot read the image: {error}") from error
 
     return _encoded(
         images, lambda batch: model.encode_image(torch.stack([load(i) for i in batch]).to(device)), batch_size, "images"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..clustering.sources import Source, load_npy, read_samples
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, reading, shown
 from ..retrieval import Relevancy
 
 _CLASSES = re.compile(r"\[\s*\d+(\s*,\s*\d+)*\s*\]")
@@ -40,15 +40,10 @@ def read_matrix(path: str, images: int, texts: int) -> BothWays:
         )
     if not file.exists():
         raise MMTSError(f"{path}: no such file (--relevancy)")
-    if file.suffix == ".npy":
-        matrix = load_npy(path)
-    elif file.suffix == ".csv":
-        try:
-            matrix = np.loadtxt(path, delimiter=",", ndmin=2)
-        except ValueError as error:
-            raise MMTSError(f"{path}: cannot be read as a matrix of comma-separated numbers: {error}") from error
-    else:
+    if file.suffix not in (".npy", ".csv"):
         raise ConfigError(f"{path}: --relevancy takes a .npy or a .csv file")
+    with reading(path, f"cannot be read as a matrix of numbers ({'.npy' if file.suffix == '.npy' else 'commas'})"):
+        matrix = load_npy(path) if file.suffix == ".npy" else _read_csv(file)
     if matrix.shape != (images, texts):
         hint = " (it looks transposed: rows are images)" if matrix.shape == (texts, images) else ""
         raise MMTSError(
@@ -59,6 +54,12 @@ def read_matrix(path: str, images: int, texts: int) -> BothWays:
         lambda start, stop: torch.from_numpy(np.array(matrix[start:stop], np.float64)),
         lambda start, stop: torch.from_numpy(np.array(matrix[:, start:stop].T, np.float64)),
     )
+
+
+def _read_csv(file: Path) -> np.ndarray:
+    """Not with numpy.loadtxt, whose C code crashes on some damaged files."""
+    with open(file, encoding="utf-8-sig") as lines:
+        return np.stack([np.array([float(cell) for cell in line.split(",")]) for line in lines if line.strip()])
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,11 @@ def read_ek100(path: str, sentences: Optional[str], label_column: str = "noun_cl
     Raises:
         MMTSError: a file or column is missing, or does not have the form of EPIC-KITCHENS-100.
     """
+    with reading(path, "cannot be read as annotations of EPIC-KITCHENS-100"):
+        return _read_ek100(path, sentences, label_column)
 
+
+def _read_ek100(path: str, sentences: Optional[str], label_column: str) -> EK100:
     def columns(file: str, *names: str) -> list[list[str]]:
         source = Source(file, "csv", separator=",", label_flag="a column of EPIC-KITCHENS-100")
         return [read_samples(source, [name], captions=False).labels for name in names]
@@ -134,29 +139,36 @@ def read_ek100(path: str, sentences: Optional[str], label_column: str = "noun_cl
     )
     for row, text in enumerate(all_nouns):
         if not _CLASSES.fullmatch(text):
-            raise MMTSError(f"{path}: line {row + 2}: all_noun_classes is {text!r}, expected a list such as [2, 5]")
+            raise MMTSError(
+                f"{path}: line {row + 2}: all_noun_classes is {shown(text)}, expected a list such as [2, 5]"
+            )
     if sentences:
         where = {narration_id: row for row, narration_id in enumerate(ids)}
         wanted = columns(sentences, "narration_id")[0]
         unknown = [narration_id for narration_id in wanted if narration_id not in where]
         if unknown:
-            raise MMTSError(f"{sentences}: narration_id {unknown[0]!r} is not in {path} ({len(unknown)} are not)")
+            raise MMTSError(f"{sentences}: narration_id {shown(unknown[0])} is not in {path} ({len(unknown)} are not)")
         clip_of = [where[narration_id] for narration_id in wanted]
     else:
         clip_of = _first_of_each(narrations)
         covered = {(verbs[row], nouns[row]) for row in clip_of}
         clip_of += [row for row in _first_of_each(list(zip(verbs, nouns))) if (verbs[row], nouns[row]) not in covered]
-    sets = [[int(number) for number in re.findall(r"\d+", text)] for text in all_nouns]
-    multi_hot = torch.zeros(len(sets), max(map(max, sets)) + 1)
-    for row, classes in enumerate(sets):
-        multi_hot[row, classes] = 1
-    try:
-        verb = torch.tensor([int(number) for number in verbs])
-    except ValueError as error:
-        raise MMTSError(f"{path}: a verb_class is not a whole number: {error}") from error
+    verb = torch.tensor(_numbered(path, "verb_class", verbs))
+    sets = [re.findall(r"\d+", text) for text in all_nouns]
+    classes = _numbered(path, "all_noun_classes", [number for numbers in sets for number in numbers])
+    multi_hot = torch.zeros(len(sets), max(classes) + 1)
+    multi_hot[np.repeat(np.arange(len(sets)), [len(numbers) for numbers in sets]), classes] = 1
     source = Source(path, "csv", separator=",")
     labels = read_samples(source, label_column.split(","), captions=False).labels
     return EK100([narrations[row] for row in clip_of], np.array(clip_of), Actions(verb, multi_hot), labels)
+
+
+def _numbered(path: str, column: str, texts: list[str]) -> list[int]:
+    """Class ids, numbered from 0 in the order of their appearance: an id of ten digits costs no memory."""
+    with reading(path, f"a {column} is not a whole number"):
+        ids = [int(text) for text in texts]
+    number = {each: place for place, each in enumerate(dict.fromkeys(ids))}
+    return [number[each] for each in ids]
 
 
 def _first_of_each(values: list) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,11 +13,13 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
+from .. import errors
 from ..clustering.sources import Source, read_samples, shards, tar_samples
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, cause, shown
 from .model import TarImage
 
 FORMATS = ("auto", "csv", "json", "parquet", "karpathy", "webdataset")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -90,6 +93,11 @@ def read(reading: Reading) -> Samples:
         ConfigError: a flag does not fit the file.
         MMTSError: the file is missing, damaged or empty.
     """
+    with errors.reading(reading.data, "cannot be read as images and captions"):
+        return _read(reading)
+
+
+def _read(reading: Reading) -> Samples:
     kind = reading.format
     if kind == "auto":
         kind = Source(reading.data).resolved_format()
@@ -102,7 +110,7 @@ def read(reading: Reading) -> Samples:
         raise ConfigError(f"{reading.data}: --label-column {reading.label_column}: a {kind} set {has}")
     notes: list[str] = []
     if kind == "karpathy":
-        rows: Iterable[Row] = _read_karpathy(reading)
+        rows: Iterable[Row] = _read_karpathy(reading, notes)
     elif kind == "webdataset":
         rows = _read_webdataset(reading, notes)
     elif kind in ("csv", "json", "parquet"):
@@ -145,11 +153,13 @@ def _karpathy_images(path: str) -> Optional[list[dict[str, Any]]]:
         raise MMTSError(f"{path}: no such file") from error
     except (OSError, ValueError):  # one object per line, or damaged: the reader of that form will say
         return None
+    except (RecursionError, MemoryError) as error:
+        raise MMTSError(f"{path}: cannot be read as JSON: {cause(error)}") from error
     images = document.get("images")
     return images if isinstance(images, list) else None
 
 
-def _read_karpathy(reading: Reading) -> Iterable[Row]:
+def _read_karpathy(reading: Reading, notes: list[str]) -> Iterable[Row]:
     images = _karpathy_images(reading.data)
     if images is None:
         raise MMTSError(
@@ -158,18 +168,25 @@ def _read_karpathy(reading: Reading) -> Iterable[Row]:
         )
     root = Path(reading.image_root or "")
     splits: set[str] = set()
+    bare = 0
     for number, image in enumerate(images, 1):
-        try:
-            splits.add(image["split"])
+        with errors.reading(reading.data, f"image {number} is not what Karpathy's files hold"):
+            splits.add(str(image["split"]))
             if image["split"] != reading.split:
                 continue
             path = root / image.get("filepath", "") / image["filename"]
-            captions = [str(sentence["raw"]) for sentence in image["sentences"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise MMTSError(f"{reading.data}: image {number} has no {error}; is this a Karpathy file?") from error
-        yield from (Row(path, caption, str(path)) for caption in captions or [""])
+            captions = [sentence["raw"] for sentence in image["sentences"]] if reading.captions else [""]
+            wrong = next((caption for caption in captions if not isinstance(caption, str)), None)
+            if wrong is not None:
+                raise TypeError(f"a caption is {shown(wrong)}")
+        bare += not captions
+        yield from (Row(path, caption, str(path)) for caption in captions)
     if reading.split not in splits:
-        raise ConfigError(f"{reading.data}: no split {reading.split!r} (--split); found: {', '.join(sorted(splits))}")
+        raise ConfigError(
+            f"{reading.data}: no split {shown(reading.split)} (--split); found: {', '.join(sorted(splits))}"
+        )
+    if bare:
+        notes.append(f"{reading.data}: {bare} images have no caption and are left out")
 
 
 def _read_webdataset(reading: Reading, notes: list[str]) -> Iterable[Row]:
@@ -215,6 +232,9 @@ def _distinct(rows: list[Row], reading: Reading, notes: list[str]) -> Samples:
     image_rows: list[list[int]] = []
     kept: list[int] = []
     for number, row in enumerate(rows):
+        for text in (row.caption, row.label):
+            if _SURROGATE.search(text):
+                raise MMTSError(f"{reading.data}: {shown(text)} holds half a character, which no tokenizer takes")
         if row.image not in images:
             images[row.image] = len(images)
             image_group.append(groups.setdefault(row.match, len(groups)))

@@ -122,7 +122,7 @@ def _resampled(units: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndar
         yield by_unit[np.repeat(start[drawn], lengths) + within]
 
 
-def shown(entry: dict[str, Any], percent: bool) -> str:
+def cell(entry: dict[str, Any], percent: bool) -> str:
     """``41.2 [39.0, 43.3]``; a dash where there is nothing."""
     if entry["value"] is None or math.isnan(entry["value"]):
         return "–"

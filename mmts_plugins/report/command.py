@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..config import DISTRIBUTIONS, FILE_NAME, flag_parser
+from ..config import DISTRIBUTIONS, FILE_NAME, LOG_NAME, flag_parser
 from ..errors import ConfigError
 from ..presets import PRESETS
 
 _CHANGES = ("alpha", "shift_min", "shift_max", "num_oscillations", "period")
 _DEFAULT_STEPS = 1000
+_OF_RUNS = (FILE_NAME, LOG_NAME, "out.log", "log.txt", "results.jsonl")
 
 
 def add_parsers(commands: Any) -> None:
@@ -95,7 +96,7 @@ def _add_plot(commands: Any) -> None:
 
 def _run_plot_schedule(args: argparse.Namespace) -> int:
     from . import schedule
-    from .plots import check_matplotlib
+    from .plots import check_matplotlib, own_style
 
     check_matplotlib()
     changes = {name: value for name in _CHANGES if (value := getattr(args, name)) is not None}
@@ -107,7 +108,8 @@ def _run_plot_schedule(args: argparse.Namespace) -> int:
         changes,
         _DEFAULT_STEPS,
     )
-    schedule.plot(plans, _picture(args.output))
+    with own_style():
+        schedule.plot(plans, _picture(args.output))
     for plan in plans:
         print(schedule.say(plan))
     print(f"Written to {args.output}")
@@ -161,12 +163,12 @@ def _add_report(commands: Any) -> None:
 
 
 def _run_report(args: argparse.Namespace) -> int:
-    from .plots import check_matplotlib
+    from .plots import check_matplotlib, own_style
 
     check_matplotlib()
     _check_folder(args.output, args.force)
-    if args.sample < 1 or args.seed < 0:
-        raise ConfigError("--sample must be at least 1, --seed at least 0")
+    if args.sample < 1 or not 0 <= args.seed < 2**32:
+        raise ConfigError("--sample must be at least 1, --seed at least 0 and below 2^32")
     for path in args.inputs:
         if not Path(path).exists():
             raise ConfigError(f"{path}: no such table or run")
@@ -183,13 +185,15 @@ def _run_report(args: argparse.Namespace) -> int:
             args.seed,
             (args.distribution,) if args.distribution else DISTRIBUTIONS,
         )
-        written = table.write(args.inputs, args.output, options)
+        with own_style():
+            written = table.write(args.inputs, args.output, options)
     elif any(tables):
         raise ConfigError("tables and runs are two reports: call mmts report once for each")
     else:
         from . import run
 
-        written = run.write(args.inputs, args.output)
+        with own_style():
+            written = run.write(args.inputs, args.output)
     print("\n".join(f"Written to {path}" for path in written))
     return 0
 
@@ -197,8 +201,8 @@ def _run_report(args: argparse.Namespace) -> int:
 def _is_table(path: Path) -> bool:
     """A Parquet or CSV file, or a folder of Parquet parts that is no run's."""
     if path.is_file():
-        return path.name != FILE_NAME
-    is_run = any((place / FILE_NAME).exists() for place in (path, path / "checkpoints"))
+        return path.name not in _OF_RUNS
+    is_run = any((place / name).exists() for place in (path, path / "checkpoints") for name in _OF_RUNS)
     return not is_run and any(path.glob("*.parquet"))
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
 from .._files import replacing
+
+_FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SLUG = 48  # characters; of four bytes each they fit a file's name, with what stands around them
 
 
 class Page:
@@ -21,28 +25,28 @@ class Page:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self._body = [f"<h1>{html.escape(title)}</h1>"]
+        self._body = [f"<h1>{escaped(title)}</h1>"]
 
     def heading(self, text: str) -> None:
         """Start a section."""
-        self._body.append(f"<h2>{html.escape(text)}</h2>")
+        self._body.append(f"<h2>{escaped(text)}</h2>")
 
     def subheading(self, text: str) -> None:
         """Start a part of a section."""
-        self._body.append(f"<h3>{html.escape(text)}</h3>")
+        self._body.append(f"<h3>{escaped(text)}</h3>")
 
     def text(self, text: str, small: bool = False) -> None:
         """A paragraph."""
-        self._body.append(f"<p{' class=small' if small else ''}>{html.escape(text)}</p>")
+        self._body.append(f"<p{' class=small' if small else ''}>{escaped(text)}</p>")
 
     def note(self, text: str) -> None:
         """A paragraph that must not be overlooked."""
-        self._body.append(f'<p class="note">{html.escape(text)}</p>')
+        self._body.append(f'<p class="note">{escaped(text)}</p>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> None:
         """A table: the first column holds names, the others numbers (or, with ``words``, text)."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+        head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
         self._body.append(
             f'<div class="wide"><table{" class=words" if words else ""}>\n'
             + (f"<thead><tr>{head}</tr></thead>\n" if header else "")
@@ -51,11 +55,11 @@ class Page:
 
     def items(self, texts: Sequence[str]) -> None:
         """A list."""
-        self._body.append("<ul>" + "".join(f"<li>{html.escape(text)}</li>\n" for text in texts) + "</ul>")
+        self._body.append("<ul>" + "".join(f"<li>{escaped(text)}</li>\n" for text in texts) + "</ul>")
 
     def code(self, text: str) -> None:
         """Commands or other text with its line breaks."""
-        self._body.append(f"<pre>{html.escape(text)}</pre>")
+        self._body.append(f"<pre>{escaped(text)}</pre>")
 
     def picture(self, path: Path, alt: str) -> None:
         """A PNG, put inside the page.
@@ -72,25 +76,39 @@ class Page:
             temporary.write_text(shell(self.title, "\n".join(self._body)), encoding="utf-8")
 
 
+def escaped(text: str) -> str:
+    """Plain text as HTML, whatever it holds: half a character and what no page may hold are shown as escapes."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return html.escape(_FORBIDDEN.sub(lambda found: ascii(found[0])[1:-1], text))
+
+
 def number(value: float) -> str:
     """A count or a mean of counts, to four digits: 14,848 or 93.28."""
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
 
 
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "_", name)
+def slugs(names: Sequence[str]) -> list[str]:
+    """Names as parts of file names: short, and all different, also where letters' case makes no difference."""
+    taken: set[str] = set()
+    made = []
+    for name in names:
+        short = re.sub(r"[^\w.-]+", "_", name)[:_SLUG]
+        candidates = itertools.chain([short], (f"{short}_{more}" for more in itertools.count(2)))
+        each = next(each for each in candidates if each.casefold() not in taken)
+        taken.add(each.casefold())
+        made.append(each)
+    return made
 
 
 def embedded(image: Path, alt: str) -> str:
     """An ``img`` element that holds the PNG itself."""
     data = base64.b64encode(image.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
+    return f'<img src="data:image/png;base64,{data}" alt="{escaped(alt)}">'
 
 
 def shell(title: str, body: str) -> str:
     """A whole document around ``body``, which is HTML; the title is plain text."""
-    return _SHELL.substitute(title=html.escape(title), body=body)
+    return _SHELL.substitute(title=escaped(title), body=body)
 
 
 _SHELL = Template("""<!doctype html>

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
-from ..errors import MMTSError
+from ..errors import MMTSError, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +22,10 @@ BASE, FORBIDDEN = "#777777", "#b00020"
 SERIES = (MMTS, MIDDLE, TAIL, HEAD, "#6a994e", "#9d4edd", PLAIN)
 """Colours of things that stand side by side, such as runs; they repeat."""
 WIDTH = 5.4
+MOST_PANELS = 24
+"""In one figure; a PNG has its limits, and so has who looks at it."""
+_LABEL = 40  # characters: what a legend and a title hold
+_MOST_LABELS = 40
 
 
 def check_matplotlib() -> None:
@@ -32,6 +38,32 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MMTSError(f"plots need matplotlib ({error}): pip install 'mmts-plugins[report]'") from error
+
+
+def own_style() -> AbstractContextManager[None]:
+    """Around all drawing of a command: somebody's ``matplotlibrc``, TeX for example, changes nothing."""
+    from matplotlib import style
+
+    return style.context("default")
+
+
+def literal(text: str, longest: int = _LABEL) -> str:
+    """Somebody's text for a figure, as it is: nothing in it is a formula, or a label that legends leave out.
+
+    It is on one line, and without its middle where it is long. Characters that the font lacks are written out, such as
+    ``\\u4e2d``: as boxes they would look alike, and labels are to tell runs apart.
+    """
+    text = "".join(each if ord(each) in _glyphs() else ascii(each)[1:-1] for each in one_line(text))
+    if len(text) > longest:
+        text = text[: longest // 3] + "…" + text[1 + longest // 3 - longest :]
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> frozenset[int]:
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
 def blank_figure(width: float, height: float) -> Figure:
@@ -77,10 +109,17 @@ def logarithmic(axes: Axes) -> None:
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    """The legend of ``axes``, outside, where it hides nothing."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False,
-                  fontsize=9)  # fmt: skip
+def legend_above(figure: Figure, *panels: Axes, columns: int = 2) -> None:
+    """The legend of all panels, outside, where it hides nothing; what several of them hold, once."""
+    entries: dict[tuple[str, Any], Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            part: Any = handle[0] if isinstance(handle, tuple) else handle  # of error bars, or of bars
+            colour = part.get_facecolor() if hasattr(part, "get_facecolor") else part.get_color()
+            entries.setdefault((label, colour), handle)
+    shown = list(entries.items())[:_MOST_LABELS]
+    figure.legend([handle for _, handle in shown], [label for (label, _), _ in shown], loc="outside upper center",
+                  ncols=columns, frameon=False, fontsize=9)  # fmt: skip
 
 
 def save(figure: Figure, path: Path) -> None:

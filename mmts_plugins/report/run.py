@@ -13,13 +13,14 @@ import numpy as np
 from .._files import replacing
 from ..clusters import CAPTION
 from ..config import FILE_NAME, THIRDS
-from ..errors import ConfigError, MMTSError
+from ..errors import ConfigError, MMTSError, one_line, reading
+from ..fields import SWITCH, TEXT, WHOLE, Field, check_mapping
 from ..plan import Plan, named_table
-from ..presets import INFONCE
+from ..presets import INFONCE, MAX_MARGIN
 from .logs import Metric, Score, TrainingLog, read_run
-from .page import Page, number, slug
-from .plots import HEAD, MIDDLE, PLAIN, SERIES, TAIL, legend_above, new_figure, save
-from .schedule import draw_run
+from .page import Page, number, slugs
+from .plots import HEAD, MIDDLE, MOST_PANELS, PLAIN, SERIES, TAIL, legend_above, literal, new_figure, save
+from .schedule import SCHEDULED, draw_run
 
 _COLOUR_OF_THIRD = dict(zip(THIRDS, (HEAD, MIDDLE, TAIL)))
 _PERCENT = re.compile(r"R@\d+$|mAP|nDCG|top\d$|accuracy|class_mean|mean_recall")
@@ -28,6 +29,18 @@ _SCHEDULE_SERIES = ("tau_base", "tau_mean", "tau_min", "tau_max", "tau_head", "t
 _UNINTERESTING = ("name", "logs", "log_path", "checkpoint_path", "tensorboard_path", "resume", "wandb_notes")
 _CLOSE = 1e-6  # of logged and configured base temperature; float32 or a printed number explains no more
 _PLOTTED_THIRDS = 4
+_PLOTTED_METRICS = 100
+_TALLEST = 60  # inches of a figure
+_PLANNED = {
+    **SCHEDULED,
+    "loss": Field(TEXT, choices=(INFONCE, MAX_MARGIN)),
+    "no_schedule": Field(SWITCH),
+    "no_shifts": Field(SWITCH),
+    "total_steps": Field(WHOLE, least=1),
+    "clusters": Field(TEXT, null=True),
+    "table_hash": Field(TEXT, null=True),
+}
+"""What of a record makes its plan; the rest is shown as it is."""
 
 
 def write(inputs: Sequence[str], folder: Path) -> list[Path]:
@@ -89,10 +102,10 @@ def write(inputs: Sequence[str], folder: Path) -> list[Path]:
     cards = [(run, model_card(run)) for run in runs if run.record]
     if cards:
         page.heading("For a model card")
-    for run, card in cards:
-        path = folder / (f"model_card_{slug(run.name)}.md" if len(runs) > 1 else "model_card.md")
+    for card, name in zip((card for _, card in cards), slugs([run.name for run, _ in cards])):
+        path = folder / (f"model_card_{name}.md" if len(runs) > 1 else "model_card.md")
         with replacing(path) as temporary:
-            temporary.write_text(card, encoding="utf-8")
+            temporary.write_text(card, encoding="utf-8", errors="backslashreplace")
         written.append(path)
         page.text(f"The same as {path.name}:", small=True)
         page.code(card)
@@ -122,12 +135,20 @@ def _plan(run: TrainingLog) -> tuple[Optional[Plan], list[str]]:
     if not run.record:
         return None, []
     assert run.record_path is not None
-    table, why = named_table(run.record, run.record_path)
-    notes = [] if table is not None or run.record.get("no_shifts") else [f"the cluster table cannot be shown: {why}"]
+    notes: list[str] = []
     try:
-        return Plan(run.record, int(run.record["total_steps"]), table, run.name), notes
-    except (KeyError, TypeError, ValueError, MMTSError) as error:
-        return None, [*notes, f"its {FILE_NAME} does not describe a schedule ({type(error).__name__}: {error})"]
+        with reading(FILE_NAME, "does not describe a schedule", ConfigError):
+            given = {name: value for name, value in run.record.items() if name in _PLANNED}
+            required = ("loss", "alpha", "shift_min", "shift_max", "total_steps")
+            values = check_mapping(FILE_NAME, given, _PLANNED, required)
+            table, why = named_table(values, run.record_path)
+            if table is None and not values.get("no_shifts"):
+                notes.append(f"the cluster table cannot be shown: {why}")
+            plan = Plan(values, values["total_steps"], table, run.name)
+            _ = plan.shifts  # may not fit the table
+            return plan, notes
+    except MMTSError as error:
+        return None, [*notes, f"its {FILE_NAME} does not describe a schedule ({error})"]
 
 
 def _colour(runs: Sequence[TrainingLog], index: int) -> str:
@@ -188,7 +209,7 @@ def _differences(page: Page, runs: Sequence[TrainingLog]) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)
+    return f"{value:g}" if isinstance(value, float) else "–" if value is None else one_line(str(value))
 
 
 # -- schedule ----------------------------------------------------------------------------------------------------------
@@ -221,11 +242,12 @@ def plot_schedule(path: Path, runs: Sequence[TrainingLog], plans: Sequence[Optio
     shown = [(run, plan) for run, plan in zip(runs, plans) if plan is not None or "learned_temperature" in run.series]
     if not shown:
         return None
+    said = _left_out(len(shown), MOST_PANELS, "runs")
+    shown = shown[:MOST_PANELS]
     figure, panels = new_figure(1.0 + 2.5 * len(shown), [1] * len(shown))
-    said = []
     legend = None
     for axes, (run, plan) in zip(panels, shown):
-        axes.set_title(run.name, fontsize=10, loc="left")
+        axes.set_title(literal(run.name), fontsize=10, loc="left")
         if plan is None:
             axes.plot(*run.series["learned_temperature"].T, color=PLAIN, linewidth=2)
             axes.set_ylim(0, 1.15 * run.series["learned_temperature"][:, 1].max())
@@ -261,21 +283,22 @@ def plot_schedule(path: Path, runs: Sequence[TrainingLog], plans: Sequence[Optio
 def plot_losses(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
     """The losses of all runs over one another, and by thirds where they were logged."""
     by_third = [run for run in runs if any(f"loss_{third}" in run.series for third in THIRDS)]
+    said = _left_out(len(by_third), MOST_PANELS, "runs by thirds")
+    by_third = by_third[:MOST_PANELS]
     if not by_third and not any("loss" in run.series for run in runs):
         return None
     figure, panels = new_figure(3.2 + 2.2 * len(by_third), [1.3, *([1] * len(by_third))])
-    said = []
     for index, run in enumerate(runs):
         if "loss" in run.series:
             values = run.series["loss"]
-            panels[0].plot(*values.T, color=_colour(runs, index), linewidth=1.6, label=run.name)
+            panels[0].plot(*values.T, color=_colour(runs, index), linewidth=1.6, label=literal(run.name))
             said.append(f"{run.name}: from {values[0, 1]:.4g} to {values[-1, 1]:.4g}")
     for axes, run in zip(panels[1:], by_third):
         for third in THIRDS:
             if f"loss_{third}" in run.series:
                 axes.plot(*run.series[f"loss_{third}"].T, color=_COLOUR_OF_THIRD[third], linewidth=1.6,
                           label="middle" if third == "mid" else third)  # fmt: skip
-        axes.set_title(f"{run.name}, by third of the samples", fontsize=10, loc="left")
+        axes.set_title(f"{literal(run.name)}, by third of the samples", fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=9, ncols=3)
     for axes in panels:
         axes.set_ylabel("loss")
@@ -293,19 +316,25 @@ def plot_diagnostics(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
                     if name not in _SCHEDULE_SERIES and len(values) > 1})  # fmt: skip
     if not names:
         return None
+    left_out = _left_out(len(names), MOST_PANELS, "values")
+    names = names[:MOST_PANELS]
     figure, panels = new_figure(0.8 + 1.5 * len(names), [1] * len(names))
     for axes, name in zip(panels, names):
         for index, run in enumerate(runs):
             if name in run.series:
-                axes.plot(*run.series[name].T, color=_colour(runs, index), linewidth=1.6, label=run.name)
-        axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
+                axes.plot(*run.series[name].T, color=_colour(runs, index), linewidth=1.6, label=literal(run.name))
+        axes.set_title(literal(name.replace("_", " ")), fontsize=10, loc="left")
         axes.set_xlim(0, 100)
     panels[-1].set_xlabel("share of the run, %")
     if len(runs) > 1:
-        handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False)
+        legend_above(figure, *panels)
     save(figure, path)
-    return "Logged over the run: " + ", ".join(name.replace("_", " ") for name in names) + "."
+    return "; ".join(["Logged over the run: " + ", ".join(name.replace("_", " ") for name in names), *left_out]) + "."
+
+
+def _left_out(many: int, shown: int, what: str) -> list[str]:
+    """That a figure does not hold everything."""
+    return [f"the first {shown} of {many} {what}"] if many > shown else []
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
@@ -370,23 +399,26 @@ def plot_metrics(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
     names = [name for name in _names(runs) if is_share(name)]
     if not names:
         return None
-    figure, (axes,) = new_figure(1.2 + (0.2 + 0.12 * len(runs)) * len(names))
+    left_out = _left_out(len(names), _PLOTTED_METRICS, "metrics")
+    names = names[:_PLOTTED_METRICS]
+    figure, (axes,) = new_figure(min(1.2 + (0.2 + 0.12 * len(runs)) * len(names), _TALLEST))
     for index, run in enumerate(runs):
         at = [(row, run.metrics[name].score) for row, name in enumerate(names) if name in run.metrics]
         spread = 0.5 * (index - (len(runs) - 1) / 2) / max(len(runs), 1)
         _points(axes, [score for _, score in at], [row + spread for row, _ in at], _colour(runs, index), run.name, "x")
-    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=9)
+    axes.set_yticks(range(len(names)), [literal(name.replace("_", " ")) for name in names], fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     axes.set_xlabel("%")
     legend_above(figure, axes)
     save(figure, path)
-    return "Metrics in per cent: " + "; ".join(
-        f"{name.replace('_', ' ')} "
-        + ", ".join(f"{run.name} {shown_score(name, run.metrics[name].score)}" for run in runs if name in run.metrics)
-        for name in names
-    ) + "."  # fmt: skip
+    return "Metrics in per cent: " + "; ".join([
+        *(f"{name.replace('_', ' ')} "
+          + ", ".join(f"{run.name} {shown_score(name, run.metrics[name].score)}" for run in runs if name in run.metrics)
+          for name in names),
+        *left_out,
+    ]) + "."  # fmt: skip
 
 
 def plot_thirds(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
@@ -413,8 +445,8 @@ def plot_thirds(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
         axes.set_xlim(-0.5, 2.5)
         axes.set_ylabel("%")
         axes.set_ylim(0, min(108, max(axes.get_ylim()[1], 10)))
-        axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
-    legend_above(figure, panels[0])
+        axes.set_title(literal(name.replace("_", " ")), fontsize=10, loc="left")
+    legend_above(figure, *panels)
     save(figure, path)
     return "; ".join(said) + "."
 
@@ -428,7 +460,7 @@ def _points(axes: Any, scores: Sequence[Score], at: Sequence[float], color: str,
     ).reshape(-1, 2).T * 100  # fmt: skip
     x, y = (values, at) if along == "x" else (at, values)
     axes.errorbar(x, y, **{f"{along}err": np.maximum(bars, 0)}, fmt="o", color=color, markersize=4.5, elinewidth=1.4,
-                  capsize=2, label=label)  # fmt: skip
+                  capsize=2, label=literal(label))  # fmt: skip
 
 
 # -- model card --------------------------------------------------------------------------------------------------------
@@ -441,15 +473,15 @@ def model_card(run: TrainingLog) -> str:
     lines = [
         "## Training with MM-TS",
         "",
-        f"Trained with [MM-TS](https://arxiv.org/abs/2603.08202) in {run.host} by mmts-plugins "
-        f"{record.get('mmts_plugins', '')}: {_method(record, what)}.",
+        f"Trained with [MM-TS](https://arxiv.org/abs/2603.08202) in {_cell(run.host)} by mmts-plugins "
+        f"{_cell(_shown(record.get('mmts_plugins')))}: {_method(record, what)}.",
         "",
         "| setting | value |",
         "| --- | --- |",
     ]
     # Of the table's path the last part alone: a card is shared, its author's folders are not.
-    shown = {name: Path(value).name if name == "clusters" and value else value for name, value in record.items()}
-    lines += [f"| {name} | {_cell(_shown(value))} |" for name, value in shown.items()
+    shown = {name: Path(str(value)).name if name == "clusters" and value else value for name, value in record.items()}
+    lines += [f"| {_cell(name)} | {_cell(_shown(value))} |" for name, value in shown.items()
               if value not in (None, False) and name not in ("host", "host_version", "mmts_plugins")]  # fmt: skip
     if run.metrics:
         thirds = any(metric.thirds for metric in run.metrics.values())
@@ -476,7 +508,8 @@ def _method(record: dict[str, Any], what: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text in a table of Markdown, with nothing in it that Markdown or HTML would act on."""
+    return re.sub(r"([\\|<>`*\[\]$~])", r"\\\1", " ".join(text.split()).replace("&", "&amp;"))
 
 
 CITATION = """\

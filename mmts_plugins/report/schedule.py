@@ -12,14 +12,25 @@ import numpy as np
 
 from ..adapters.openclip import DEFAULT_PRESETS
 from ..config import SMALLEST_CALM_TEMPERATURE, merge, read_record
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+from ..fields import NUMBER, WHOLE, Field
 from ..plan import Plan, named_table, read_table
 from ..presets import INFONCE
-from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, save, style
+from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, literal, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_EXTREME = 1e3  # no shift and no amplitude, in units of a cosine similarity
+_MOST_STEPS = 10**9
+SCHEDULED = {
+    "alpha": Field(NUMBER, least=0, most=_EXTREME),
+    "shift_min": Field(NUMBER, least=-_EXTREME, most=_EXTREME),
+    "shift_max": Field(NUMBER, least=-_EXTREME, most=_EXTREME),
+    "num_oscillations": Field(NUMBER, null=True, above=0, most=1e9),
+    "period": Field(NUMBER, null=True, least=1e-3),
+}
+"""What can be drawn of a schedule, also where a run would refuse it."""
 _POINTS = 2000
 _BROADEST = 0.5  # how far below the hardest negative the weights are drawn, in cosine similarity
 _COLOURS = {"rarest": TAIL, "tail": TAIL, "middle": MIDDLE, "all": MIDDLE, "head": HEAD, "most common": HEAD}
@@ -47,6 +58,10 @@ def plans(
     """
     if "period" in changes and "num_oscillations" in changes:
         raise ConfigError("give either --num-oscillations or --period, not both")
+    for name, value in changes.items():
+        SCHEDULED[name].check(f"--{name.replace('_', '-')}", value)
+    if total_steps is not None and total_steps > _MOST_STEPS:
+        raise ConfigError(f"--total-steps is {shown(total_steps)}: too large")
     loaded = None if table is None else read_table(table)
     steps = default_steps if total_steps is None else total_steps
     found = [Plan.of_preset(name, steps, loaded, **changes) for name in presets]
@@ -55,8 +70,9 @@ def plans(
         values = merge({"mmts_config": path, **flags}, INFONCE, DEFAULT_PRESETS)
         record = read_record(path)
         steps = total_steps if total_steps is not None else record.get("total_steps", default_steps)
-        if not isinstance(steps, int):
-            raise ConfigError(f"{path}: field 'total_steps' has the wrong type: {steps!r}")
+        steps = Field(WHOLE, least=1, most=_MOST_STEPS).check(f"{path}: field 'total_steps'", steps)
+        for name, field in SCHEDULED.items():
+            field.check(f"{path}: field {name!r}", values.get(name, 1))
         found.append(Plan(values, steps, loaded or named_table(record, path)[0], path))
     return found
 
@@ -91,10 +107,11 @@ def plot(plans: Sequence[Plan], path: Path) -> None:
         part.legend(*axes["run"].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False,
                     fontsize=9)  # fmt: skip
         values = plan.values
-        title = f"{plan.name}: {values['loss']}, alpha {values['alpha']:g}, shifts {values['shift_min']:g} to "
+        title = f"{literal(plan.name)}: {values['loss']}, alpha {values['alpha']:g}, shifts {values['shift_min']:g} to "
         part.suptitle(f"{title}{values['shift_max']:g}", fontsize=11, fontweight="bold", x=0.01, ha="left")
         if plan.problem:
-            axes["run"].set_title("\n".join(textwrap.wrap(plan.problem, 84)), fontsize=8.5, color=FORBIDDEN, loc="left")
+            lines = [literal(line, 84) for line in textwrap.wrap(plan.problem, 84)]
+            axes["run"].set_title("\n".join(lines), fontsize=8.5, color=FORBIDDEN, loc="left")
     save(figure, path)
 
 

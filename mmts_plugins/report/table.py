@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import csv
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,12 @@ from ..adapters.avion import count_classes, load_classes
 from ..clustering.sources import check_finite, read_embeddings
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import DISTRIBUTIONS
-from ..errors import ConfigError, MMTSError, TableError
+from ..errors import ConfigError, MMTSError, TableError, one_line, reading, shown
 from ..plan import Plan
 from ..presets import PRESETS
 from .concepts import Concepts, examples, shortened, telling_words
-from .page import Page, number, slug
-from .plots import MIDDLE, SERIES, legend_above, logarithmic, new_figure, save, tail_to_head
+from .page import Page, number, slugs
+from .plots import MIDDLE, SERIES, legend_above, literal, logarithmic, new_figure, save, tail_to_head
 
 _DEFAULT_PRESET = {CAPTION: "clip-cc3m", CLASS: "avion-max-margin"}
 _SHOWN = 5  # largest and smallest clusters, and examples of each plus one: as the paper's Tables 10 to 12
@@ -31,7 +32,6 @@ _REPEATED = 10
 _FEWEST_POINTS = 10
 _QUANTILES = 1000
 _BANDS = 2  # more of them hide one another
-_LABEL_LENGTH = 36
 _LEGEND_LINE = 0.2  # inches
 
 
@@ -64,13 +64,8 @@ class Shown:
 
     @property
     def label(self) -> str:
-        """The name, of a length that a legend holds."""
-        return self.name if len(self.name) <= _LABEL_LENGTH else "…" + self.name[1 - _LABEL_LENGTH :]
-
-    @property
-    def slug(self) -> str:
-        """The name as part of a file's name."""
-        return slug(re.sub(r"\.(csv|parquet)\b", "", self.name))
+        """The name, for a figure."""
+        return literal(self.name)
 
 
 def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
@@ -109,7 +104,8 @@ def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
     _temperatures(page, shown)
     picture("temperatures.png", plot_temperatures(folder / "temperatures.png", shown))
     several = len(shown) > 1
-    for each, points in zip(shown, maps):
+    names = slugs([re.sub(r"\.(csv|parquet)\b", "", each.name) for each in shown])
+    for each, points, own in zip(shown, maps, names):
         words = _words(each, options.seed)
         if several and each.table.kind == CAPTION:
             page.heading(each.name)
@@ -118,13 +114,13 @@ def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
             _examples(page, each, words, several)
             _section(page, "Map of the captions", several)
             if isinstance(points, Points):
-                name = f"map_{each.slug}.png" if several else "map.png"
+                name = f"map_{own}.png" if several else "map.png"
                 picture(name, plot_map(folder / name, each, points, options.projection))
                 page.text(_legend(each, points, words, options.projection))
             else:
                 page.text(points)
         _duplicates(page, each, several)
-        path = folder / (f"clusters_{each.slug}.csv" if several else "clusters.csv")
+        path = folder / (f"clusters_{own}.csv" if several else "clusters.csv")
         _write_clusters(path, each, words)
         written.append(path)
     page.heading("How the table was made" if not several else "How the tables were made")
@@ -139,14 +135,16 @@ def read(path: str, distributions: Sequence[str] = DISTRIBUTIONS) -> list[tuple[
     Raises:
         TableError: it is none of the kinds that :func:`write` knows.
     """
-    name = Path(path).name or path
+    name = one_line(Path(path).name or path)
+    with reading(path, "cannot be read as a table", TableError):
+        return _read(path, name, distributions)
+
+
+def _read(path: str, name: str, distributions: Sequence[str]) -> list[tuple[str, ClusterTable]]:
     if not path.lower().endswith(".csv"):
         return [(name, ClusterTable.load(path))]
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            columns = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TableError(f"{path}: cannot be read: {error}") from error
+    with open(path, newline="", encoding="utf-8") as file:
+        columns = next(csv.reader(file), [])
     if "class_id" in columns:
         return [(name, load_classes(path))]
     if {"verb_class", "noun_class"} <= set(columns):
@@ -195,9 +193,10 @@ def _facts(page: Page, shown: Sequence[Shown]) -> None:
     header = ["", *(each.name for each in shown)] if len(shown) > 1 else []
     page.table(header, [[name, *(facts.get(name, "–") for facts in columns)] for name in names], words=True)
     for each in shown:
-        if each.table.info.get("runs", 1) > 1:
+        runs = each.table.info.get("runs")
+        if isinstance(runs, int) and runs > 1:
             page.text(
-                f"The frequencies of {each.name} are means over {each.table.info['runs']} clusterings: captions of one "
+                f"The frequencies of {each.name} are means over {runs} clusterings: captions of one "
                 "cluster differ, and a cluster is shown with their mean.",
                 small=True,
             )
@@ -238,14 +237,15 @@ def _stability(page: Page, each: Shown, several: bool) -> None:
     _section(page, "How stable the frequencies are", several)
     measured = each.table.info.get("stability")
     if not isinstance(measured, dict):
+        source = shlex.quote(_plain(each.table.info.get("source") or "CAPTIONS"))
         page.note(
             "Not measured. Another seed of K-Means may give a caption quite another frequency, above all on small "
-            f"sets. Measure it with: mmts stability {each.table.info.get('source') or 'CAPTIONS'} --runs 20"
+            f"sets. Measure it with: mmts stability {source} --runs 20"
         )
         return
     verdict = measured.get("verdict")
     if verdict is not None:
-        page.note(str(verdict))
+        page.note(_plain(verdict))
     rows = [[name.replace("_", " "), _plain(value)] for name, value in measured.items()
             if name != "verdict" and value is not None]  # fmt: skip
     if rows:
@@ -306,9 +306,12 @@ def _origin(page: Page, shown: Sequence[Shown]) -> None:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A value of a table's metadata, which may hold anything, in a few words."""
+    if isinstance(value, dict) and all(isinstance(each, (str, float, int)) for each in value.values()):
+        return one_line(", ".join(f"{name} {_plain(each)}" for name, each in value.items()))
+    if isinstance(value, str):
+        return one_line(value)
+    return f"{value:.4g}" if isinstance(value, float) else shown(value)
 
 
 def _words(each: Shown, seed: int) -> list[list[str]]:
