@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
-from ..distributed import check_ranks_agree, rank_info_nce
+from ..distributed import check_ranks_agree
 from ..errors import ConfigError, SeamError, TableError
+from ..functional import rank_info_nce
 from ..live import Live, Meter, step_line
 from ..lookup import KeyLookup
 from ..losses import MaxMarginLoss

@@ -1,8 +1,8 @@
 """The losses' arithmetic, tile by tile: no gradients are recorded here, and nothing of size N x N outlives its tile.
 
-A tile is a block of rows of the similarity matrix against all columns. Exponents are taken to base 2 (cheaper than
-base e on a CPU), products go straight into buffers that are used again. Nothing reads a value back from the device,
-except to choose sparse products on a CPU, where that costs nothing.
+A tile is a block of the similarities of some rows with some columns. Exponents are taken to base 2 (cheaper than base e
+on a CPU), products go straight into buffers that are used again. Nothing reads a value back from the device, except to
+choose sparse products on a CPU, where that costs nothing.
 """
 
 from __future__ import annotations
@@ -10,271 +10,297 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any, Callable, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 _LOG2_E = math.log2(math.e)
-_TILE_ELEMENTS = 1 << 20  # 4 MiB of float32: stays in a CPU's cache between passes
-_TILE_ELEMENTS_GPU = 1 << 24  # fewer, larger kernels: a launch costs more than a small tile
-_LEAST_ROWS = 256  # with fewer rows the matrix product itself gets slower
+LN_2 = math.log(2)
+_HEIGHT, _WIDTH = 512, 2048  # of a tile on a CPU: 4 MiB of float32 stay in its cache between passes
+_ELEMENTS_GPU = 1 << 24  # of a tile there: fewer, larger kernels, for a launch costs more than a small tile
+_LEAST_ROWS_GPU = 256  # with fewer rows the matrix product itself gets slower
 _SPARSE_BELOW = 0.05  # share of active hinges; sparse products win below 8-9%
+_LEAST_NORM = 1e-8  # a shorter row is divided by this
 
 
-def rows_per_tile(rows: int, columns: int, device: torch.device) -> int:
-    """How many rows a tile has: a fixed number of elements, but enough rows to keep the product efficient."""
-    elements = _TILE_ELEMENTS if device.type == "cpu" else _TILE_ELEMENTS_GPU
-    return max(1, min(rows, max(_LEAST_ROWS, elements // max(columns, 1) // 64 * 64)))
+def precision(tensor: Tensor) -> torch.dtype:
+    """What a tensor is computed in: float32 for half types, else its own."""
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
-def _tiles(anchors: Tensor, others: Tensor) -> Iterator[slice]:
-    rows = len(anchors)
-    step = rows_per_tile(rows, len(others), anchors.device)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def full_precision(tensor: Tensor) -> Tensor:
+    """Half types to float32; float32 and float64 as they are."""
+    return tensor.to(precision(tensor))
 
 
-def _new_tile(anchors: Tensor, others: Tensor) -> Tensor:
-    return anchors.new_empty(rows_per_tile(len(anchors), len(others), anchors.device), len(others))
+class Rows:
+    """Features as the products take them, a block at a time: in full precision and, where asked, of unit length.
+
+    Args:
+        features: ``[n, D]``, of any floating type.
+        normalize: divide each row by its length.
+    """
+
+    def __init__(self, features: Tensor, normalize: bool = False) -> None:
+        self.features = features
+        self.inverse: Optional[Tensor] = None
+        if normalize:
+            norms = torch.cat([torch.linalg.vector_norm(self[block], dim=1) for block in self.blocks()])
+            self.inverse = norms.clamp_min_(_LEAST_NORM).reciprocal_()
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        block = full_precision(self.features[rows])
+        return block if self.inverse is None else block * self.inverse[rows].unsqueeze(1)
+
+    def blocks(self) -> Iterator[slice]:
+        """Of at most a tile's number of elements."""
+        elements = _HEIGHT * _WIDTH if self.features.device.type == "cpu" else _ELEMENTS_GPU
+        return _steps(len(self), max(1, elements // self.features.shape[1]))
+
+    def empty(self, rows: Optional[int] = None) -> Tensor:
+        """For a gradient, of all rows or of some."""
+        shape = (len(self) if rows is None else rows, self.features.shape[1])
+        return torch.empty(shape, dtype=precision(self.features), device=self.features.device)
 
 
-def _opaque(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """One node for ``torch.compile`` instead of a graph unrolled over tiles; the plain function before torch 2.4."""
+def _steps(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        if not hasattr(torch.library, "custom_op"):
-            return function
-        operator = torch.library.custom_op(f"mmts::{name}", function, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
-        return operator
 
-    return wrap
+def dots(rows: Rows, partners: Rows) -> Tensor:
+    """``[n]``: each row with its own partner."""
+    products = [(rows[block] * partners[block]).sum(1) for block in rows.blocks()]
+    return torch.cat(products)
+
+
+def pull(grad: Tensor, partners: Rows, weight: Tensor) -> None:
+    """Take ``weight`` ``[n]`` times each row's partner off its gradient."""
+    for block in partners.blocks():
+        grad[block].addcmul_(partners[block], weight[block].unsqueeze(1), value=-1)
+
+
+def through_norm(grad: Tensor, rows: Rows) -> None:
+    """The gradient at unit rows to that at the features they came from, in place."""
+    assert rows.inverse is not None
+    for block in rows.blocks():
+        unit, inverse = rows[block], rows.inverse[block]
+        along = (grad[block] * unit).sum(1) * (inverse < 1 / _LEAST_NORM)  # a shorter row was divided by a constant
+        grad[block].addcmul_(unit, along.unsqueeze(1), value=-1).mul_(inverse.unsqueeze(1))
+
+
+def tile_shape(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile: always as many elements; off the CPU some rows against all columns."""
+    if device.type == "cpu":
+        height = min(rows, _HEIGHT)
+        return height, min(columns, _HEIGHT * _WIDTH // height)
+    return max(1, min(rows, max(_LEAST_ROWS_GPU, _ELEMENTS_GPU // max(columns, 1) // 64 * 64))), columns
+
+
+def _tiles(anchors: Rows, others: Rows) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Which rows and columns, and their features."""
+    height, width = tile_shape(len(anchors), len(others), anchors.features.device)
+    for columns in _steps(len(others), width):
+        right = others[columns]
+        for rows in _steps(len(anchors), height):
+            yield rows, columns, anchors[rows], right
+
+
+def _buffers(anchors: Rows, others: Rows, how_many: int = 2) -> tuple[Tensor, Tensor]:
+    """Two tiles, which are the same one where one is enough."""
+    shape = tile_shape(len(anchors), len(others), anchors.features.device)
+    first = torch.empty(shape, dtype=precision(anchors.features), device=anchors.features.device)
+    return first, first if how_many == 1 else torch.empty_like(first)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """``left @ right`` onto ``total``, or into it: what it held before the first product does not count."""
+    torch.addmm(total, left, right, beta=0 if first else 1, out=total)
 
 
 # -- InfoNCE -----------------------------------------------------------------------------------------------------------
 
 
-def _fake_log_sums(images: Tensor, texts: Tensor, scale: Tensor, kept_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(scale), torch.empty_like(scale), images.new_empty(kept_rows, len(texts))
+class _LogSums:
+    """Log-sum-exp of ``scale * similarity``, to base 2, for rows (``dim=1``) or columns (``dim=0``), carried from tile
+    to tile with the largest similarity so far: nothing overflows at any temperature."""
+
+    def __init__(self, scale: Tensor, dim: int) -> None:
+        self._scale_2, self._dim = scale * _LOG2_E, dim
+        self._top, self._sum = torch.empty_like(scale), torch.empty_like(scale)
+
+    def add(self, tile: Tensor, at: slice, first: bool, work: Tensor) -> None:
+        dim, scale_2, top, total = self._dim, self._scale_2[at], tile.amax(self._dim), self._sum[at]
+        if not first:
+            before = self._top[at]
+            top = torch.maximum(before, top)
+            total.mul_(((before - top) * scale_2).exp2_())
+        shift = (-top * scale_2).unsqueeze(dim)
+        exponents = torch.addcmul(shift, tile, scale_2.unsqueeze(dim), out=work).exp2_().sum(dim)
+        if first:
+            total.copy_(exponents)
+        else:
+            total.add_(exponents)
+        self._top[at] = top
+
+    def result(self) -> Tensor:
+        return self._sum.log2_().addcmul_(self._top, self._scale_2)
 
 
-@_opaque(
-    "log_sums", "(Tensor images, Tensor texts, Tensor scale, int kept_rows) -> (Tensor, Tensor, Tensor)", _fake_log_sums
-)
-def log_sums(images: Tensor, texts: Tensor, scale: Tensor, kept_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of both directions from one product.
-
-    Args:
-        images, texts: ``[n, D]``.
-        scale: ``[n]``, one over the temperature.
-        kept_rows: of the similarities, to spare the backward their product; the end of a tile, or all.
-
-    Returns:
-        ``[n]`` over ``scale_i s_ij`` (image to text), ``[n]`` over ``scale_j s_ij`` (text to image), ``[kept_rows, n]``
-        similarities.
-    """
-    n = len(images)
-    kept = images.new_empty(kept_rows, n)
-    work = _new_tile(images, texts)
-    buffer = work if kept_rows == n else torch.empty_like(work)
-    scale_2 = scale * _LOG2_E
-    row_sums = torch.empty_like(scale)
-    column_top = torch.full_like(scale, -math.inf)
-    column_sum = torch.zeros_like(scale)
-    for rows in _tiles(images, texts):
-        size = rows.stop - rows.start
-        tile = kept[rows] if rows.stop <= kept_rows else buffer[:size]
-        torch.mm(images[rows], texts.T, out=tile)
-        row_sums[rows] = _row_log_sum(tile, scale[rows], scale_2[rows], work[:size])
-        top = torch.maximum(column_top, tile.amax(0))
-        exponents = torch.addcmul(-top * scale_2, tile, scale_2, out=work[:size]).exp2_()
-        column_sum.mul_(((column_top - top) * scale_2).exp2_()).add_(exponents.sum(0))
-        column_top = top
-    return row_sums, column_sum.log_().addcmul_(column_top, scale), kept
+def join_log_sums(parts: Tensor) -> Tensor:
+    """``[k, n]`` log-sums, to base 2, of ``k`` parts to those of the whole ``[n]``."""
+    top = parts.amax(0)
+    return (parts - top).exp2_().sum(0).log2_().add_(top)
 
 
-def _row_log_sum(tile: Tensor, scale: Tensor, scale_2: Tensor, work: Tensor) -> Tensor:
-    top = tile.amax(1)
-    exponents = torch.addcmul((-top * scale_2).unsqueeze(1), tile, scale_2.unsqueeze(1), out=work).exp2_()
-    return exponents.sum(1).log_().addcmul_(top, scale)
-
-
-def stripe_log_sum(anchors: Tensor, others: Tensor, scale: Tensor) -> Tensor:
-    """``[n]`` log-sum-exp over ``scale_i s_ij`` of ``[n, D]`` anchors against ``[N, D]`` others."""
-    result = torch.empty_like(scale)
-    scale_2 = scale * _LOG2_E
-    tile = _new_tile(anchors, others)
-    work = torch.empty_like(tile)
-    for rows in _tiles(anchors, others):
-        size = rows.stop - rows.start
-        torch.mm(anchors[rows], others.T, out=tile[:size])
-        result[rows] = _row_log_sum(tile[:size], scale[rows], scale_2[rows], work[:size])
-    return result
-
-
-def _fake_info_nce_grad(
-    images: Tensor, texts: Tensor, scale: Tensor, row_sums: Tensor, column_sums: Tensor, kept: Tensor, with_means: bool
+def log_sums(
+    anchors: Rows, others: Rows, scale: Tensor, other_scale: Optional[Tensor] = None, kept_rows: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(images), torch.empty_like(texts), torch.empty_like(scale)
-
-
-@_opaque(
-    "info_nce_grad",
-    "(Tensor images, Tensor texts, Tensor scale, Tensor row_sums, Tensor column_sums, Tensor kept, bool with_means)"
-    " -> (Tensor, Tensor, Tensor)",
-    _fake_info_nce_grad,
-)
-def info_nce_grad(
-    images: Tensor, texts: Tensor, scale: Tensor, row_sums: Tensor, column_sums: Tensor, kept: Tensor, with_means: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``sum_i scale_i (log sum exp of row i, of column i) / 2n``, similarities recomputed or kept.
-
-    Returns:
-        ``[n, D]`` at the images, ``[n, D]`` at the texts, and, if ``with_means``, ``[n]`` the mean similarity of each
-        anchor under both softmaxes, added (zeros otherwise).
-    """
-    n = len(images)
-    grad_images, grad_texts = torch.empty_like(images), torch.zeros_like(texts)
-    means = torch.zeros_like(scale)
-    work = _new_tile(images, texts)
-    buffer = torch.empty_like(work)
-    scale_2, weight_2 = scale * _LOG2_E, torch.log2(scale / (2 * n))
-    row_shift, column_shift = weight_2 - row_sums * _LOG2_E, weight_2 - column_sums * _LOG2_E
-    for rows in _tiles(images, texts):
-        size = rows.stop - rows.start
-        by_row, tile = work[:size], buffer[:size]
-        similarities = kept[rows] if rows.stop <= len(kept) else torch.mm(images[rows], texts.T, out=tile)
-        torch.addcmul(row_shift[rows].unsqueeze(1), similarities, scale_2[rows].unsqueeze(1), out=by_row).exp2_()
-        if with_means:
-            means[rows] += (by_row * similarities).sum(1)
-            raw = similarities.clone()
-        by_column = torch.addcmul(column_shift, similarities, scale_2, out=tile).exp2_()
-        if with_means:
-            means += (by_column * raw).sum(0)
-        by_row.add_(by_column)
-        torch.mm(by_row, texts, out=grad_images[rows])
-        grad_texts.addmm_(by_row.T, images[rows])
-    return grad_images, grad_texts, means * (2 * n) / scale
-
-
-def stripe_info_nce_grad(
-    anchors: Tensor,
-    others: Tensor,
-    scale: Tensor,
-    log_sum: Tensor,
-    weight: Tensor,
-    cross: Optional[tuple[Tensor, Tensor, Tensor]],
-    with_means: bool,
-) -> tuple[Tensor, Tensor]:
-    """What the anchors of one rank receive from their own rows and, with ``cross``, from every other anchor's row.
+    """Log-sum-exp, to base 2, of the rows and, from the same product, of the columns.
 
     Args:
         anchors, others: ``[n, D]`` and ``[N, D]``.
-        scale, log_sum: ``[n]`` of the anchors' rows.
-        weight: scalar, of each anchor's row in the loss.
-        cross: ``[N]`` scale, log-sum and weight of the rows of the other direction.
+        scale, other_scale: ``[n]`` and ``[N]``, one over the temperature of each row and column; without the latter
+            only the rows are summed.
+        kept_rows: of the similarities, to spare the backward their product; the end of a tile, or all.
 
     Returns:
-        ``[n, D]``, and ``[n]`` mean similarity of each row under its softmax.
+        ``[n]`` over ``scale_i s_ij``; ``[N]`` over ``other_scale_j s_ij``, or empty; ``[kept_rows, N]`` similarities.
     """
-    grad, means = torch.empty_like(anchors), torch.zeros_like(scale)
-    tile = _new_tile(anchors, others)
-    work = torch.empty_like(tile)
-    scale_2, shift = scale * _LOG2_E, torch.log2(scale) - log_sum * _LOG2_E
-    if cross is not None:
-        other_scale, other_log_sum, other_weight = cross
-        other_scale_2, other_shift = other_scale * _LOG2_E, torch.log2(other_scale) - other_log_sum * _LOG2_E
-    for rows in _tiles(anchors, others):
-        size = rows.stop - rows.start
-        by_row, similarities = work[:size], tile[:size]
-        torch.mm(anchors[rows], others.T, out=similarities)
+    kept = scale.new_empty(kept_rows, len(others))
+    work, buffer = _buffers(anchors, others, 1 if kept_rows == len(anchors) else 2)
+    by_row = _LogSums(scale, 1)
+    by_column = None if other_scale is None else _LogSums(other_scale, 0)
+    for rows, columns, left, right in _tiles(anchors, others):
+        free = work[: len(left), : len(right)]
+        tile = kept[rows, columns] if rows.stop <= kept_rows else buffer[: len(left), : len(right)]
+        torch.mm(left, right.T, out=tile)
+        by_row.add(tile, rows, columns.start == 0, free)
+        if by_column is not None:
+            by_column.add(tile, columns, rows.start == 0, free)
+    return by_row.result(), scale.new_empty(0) if by_column is None else by_column.result(), kept
+
+
+_Weighted = tuple[Tensor, Tensor, Tensor]  # of rows or columns: scale, log-sum, and scale times weight in the loss
+
+
+def info_nce_grad(
+    anchors: Rows,
+    others: Rows,
+    row: _Weighted,
+    column: Optional[_Weighted],
+    positive: Tensor,
+    first: int,
+    kept: Optional[Tensor] = None,
+    at_others: bool = True,
+    with_means: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the weighted sum of the log-sums of rows and columns, less what the positives take off.
+
+    Args:
+        anchors, others: ``[n, D]`` and ``[N, D]``.
+        row: ``[n]`` each.
+        column: ``[N]`` each; ``None`` where only rows count.
+        positive: ``[n]`` factor of each anchor's similarity with its partner, other ``first + i``.
+        kept: similarities of :func:`log_sums`; the others are computed again.
+        at_others: whether the others' gradient is wanted.
+        with_means: whether the means are.
+
+    Returns:
+        ``[n, D]`` at the anchors; ``[N, D]`` at the others; and the mean similarity of each row ``[n]`` and column
+        ``[N]`` under its softmax. What is not wanted means nothing.
+    """
+    grad, grad_others = anchors.empty(), others.empty(None if at_others else 0)
+    work, buffer = _buffers(anchors, others)
+    scale_2, shift, weight = row[0] * _LOG2_E, -row[1], row[2]
+    means = other_means = torch.zeros_like(scale_2)
+    if column is not None:
+        other_scale_2, other_shift, other_weight = column[0] * _LOG2_E, -column[1], column[2]
+        other_means = torch.zeros_like(other_scale_2) if with_means else means
+    for rows, columns, left, right in _tiles(anchors, others):
+        by_row, tile = work[: len(left), : len(right)], buffer[: len(left), : len(right)]
+        if kept is not None and rows.stop <= len(kept):
+            similarities = kept[rows, columns]
+        else:
+            similarities = torch.mm(left, right.T, out=tile)
         torch.addcmul(shift[rows].unsqueeze(1), similarities, scale_2[rows].unsqueeze(1), out=by_row).exp2_()
         if with_means:
-            means[rows] = (by_row * similarities).sum(1) / scale[rows]
-        by_row.mul_(weight)
-        if cross is not None:
-            by_column = torch.addcmul(other_shift, similarities, other_scale_2, out=similarities).exp2_()
-            by_row.addcmul_(by_column, other_weight)
-        torch.mm(by_row, others, out=grad[rows])
-    return grad, means
+            means[rows] += (by_row * similarities).sum(1)
+        by_row.mul_(weight[rows].unsqueeze(1))
+        if column is not None:
+            raw = similarities.clone() if with_means else similarities
+            by_column = torch.addcmul(other_shift[columns], similarities, other_scale_2[columns], out=tile).exp2_()
+            if with_means:
+                other_means[columns] += (by_column * raw).sum(0)
+            by_row.addcmul_(by_column, other_weight[columns])
+        pairs, skipped = _pairs(by_row, rows, columns, first)
+        pairs.sub_(positive[rows][skipped : skipped + len(pairs)])
+        _add_product(grad[rows], by_row, right, columns.start == 0)
+        if at_others:
+            _add_product(grad_others[columns], by_row.T, left, rows.start == 0)
+    return grad, grad_others, means, other_means
+
+
+def _pairs(tile: Tensor, rows: slice, columns: slice, first: int) -> tuple[Tensor, int]:
+    """The entries of a tile that are pairs, if any, and how many of its rows come before them."""
+    offset = first + rows.start - columns.start
+    return tile.diagonal(offset), max(0, -offset)
 
 
 # -- max-margin --------------------------------------------------------------------------------------------------------
 
 
-def _fake_hinges(
-    texts: Tensor, images: Tensor, threshold: Tensor, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    empty = texts.new_empty(0)
-    grads = (torch.empty_like(texts), torch.empty_like(images), torch.empty_like(threshold))
-    return (threshold.new_empty(()), *(grads if with_grad else (empty, empty, empty)))
-
-
-@_opaque(
-    "hinges",
-    "(Tensor texts, Tensor images, Tensor threshold, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_hinges,
-)
-def hinges(texts: Tensor, images: Tensor, threshold: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of all hinges of both directions and, in the same pass, its gradients.
+def hinges(
+    anchors: Rows, others: Rows, threshold: Tensor, other_threshold: Tensor, first: int, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum of the hinges of rows and columns over ``s_ij`` and, in the same pass, its gradients.
 
     Args:
-        texts, images: ``[n, D]``.
-        threshold: ``[n]``, ``s_ii - margin_i``: a negative is active above it.
+        anchors, others: ``[n, D]`` and ``[N, D]``; anchor ``i`` and other ``first + i`` are a pair.
+        threshold, other_threshold: ``[n]`` and ``[N]``, similarity of the pair less the margin: a negative is active
+            above it.
 
     Returns:
-        The sum; ``[n, D]`` and ``[n, D]`` gradients; ``[n]`` active hinges of each anchor (without ``with_grad`` the
-        last three are empty).
+        The sum, in double precision; ``[n, D]`` and ``[N, D]`` gradients, without the positives' part; ``[n]`` and
+        ``[N]`` active hinges of each row and column. Without ``with_grad`` the last four are empty.
     """
-    none = texts.new_empty(0)
-    grad_texts = torch.empty_like(texts) if with_grad else none
-    grad_images = torch.zeros_like(images) if with_grad else none.clone()
-    active = torch.zeros_like(threshold) if with_grad else none.clone()
-    total = torch.zeros((), dtype=_sum_dtype(texts), device=texts.device)
-    tile = _new_tile(texts, images)
-    work = torch.empty_like(tile)
-    for rows in _tiles(images, texts):
-        size = rows.stop - rows.start
-        above, by_row = tile[:size], work[:size]
-        total += _row_hinges(texts[rows], images, threshold[rows], rows.start, above, by_row)
-        above.sub_(threshold).clamp_min_(0)
-        total += above.sum()
+    grad, grad_others = (x.empty(None if with_grad else 0) for x in (anchors, others))
+    active, other_active = (torch.zeros_like(x if with_grad else x[:0]) for x in (threshold, other_threshold))
+    total = torch.zeros((), dtype=sum_dtype(threshold), device=threshold.device)
+    tile, work = _buffers(anchors, others)
+    for rows, columns, left, right in _tiles(anchors, others):
+        above, by_row = tile[: len(left), : len(right)], work[: len(left), : len(right)]
+        torch.mm(left, right.T, out=above)
+        _pairs(above, rows, columns, first)[0].fill_(-math.inf)
+        total += torch.sub(above, threshold[rows].unsqueeze(1), out=by_row).clamp_min_(0).sum()
+        total += above.sub_(other_threshold[columns]).clamp_min_(0).sum()
         if not with_grad:
             continue
         row_count, column_count = by_row.sign_().sum(1), above.sign_().sum(0)
         active[rows] += row_count
-        active += column_count
+        other_active[columns] += column_count
         by_row.add_(above)
-        if texts.device.type == "cpu" and float(row_count.sum() + column_count.sum()) < _SPARSE_BELOW * by_row.numel():
-            _sparse_products(by_row, texts[rows], images, grad_texts[rows], grad_images)
+        count = row_count.sum() + column_count.sum()
+        if count.device.type == "cpu" and float(count) < _SPARSE_BELOW * by_row.numel():
+            by_row, by_column = _sparse(by_row)
         else:
-            torch.mm(by_row, images, out=grad_texts[rows])
-            grad_images.addmm_(by_row.T, texts[rows])
-    if with_grad:
-        grad_texts.addcmul_(images, active.unsqueeze(1), value=-1)
-        grad_images.addcmul_(texts, active.unsqueeze(1), value=-1)
-    return total.to(texts.dtype), grad_texts, grad_images, active
+            by_column = by_row.T
+        _add_product(grad[rows], by_row, right, columns.start == 0)
+        _add_product(grad_others[columns], by_column, left, rows.start == 0)
+    return total, grad, grad_others, active, other_active
 
 
-def _row_hinges(
-    anchors: Tensor, others: Tensor, threshold: Tensor, first: int, above: Tensor, by_row: Tensor
-) -> Tensor:
-    """Similarities (the positives, from column ``first`` on, out of reach) into ``above``, the rows' hinges into
-    ``by_row``; their sum."""
-    torch.mm(anchors, others.T, out=above)
-    above.diagonal(first).fill_(-math.inf)
-    return torch.sub(above, threshold.unsqueeze(1), out=by_row).clamp_min_(0).sum()
-
-
-def _sparse_products(active: Tensor, texts: Tensor, images: Tensor, grad_texts: Tensor, grad_images: Tensor) -> None:
-    """``active @ images`` into ``grad_texts``, ``active.T @ texts`` onto ``grad_images``, from the entries set."""
+def _sparse(active: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix and its transpose, in CSR form."""
     row, column = active.nonzero(as_tuple=True)
     value = active[row, column]
-    grad_texts.copy_(_csr(row, column, value, active.shape) @ images)
     order = torch.argsort(column, stable=True)
     transposed = _csr(column[order], row[order], value[order], (active.shape[1], active.shape[0]))
-    torch.addmm(grad_images, transposed, texts, out=grad_images)
+    return _csr(row, column, value, active.shape), transposed
 
 
 def _csr(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -285,34 +311,5 @@ def _csr(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, ...]) -> 
         return torch.sparse_csr_tensor(start, column, value, shape)
 
 
-def stripe_hinges(
-    anchors: Tensor, others: Tensor, threshold: Tensor, all_thresholds: Tensor, first: int, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One rank's rows of one direction: the sum of its hinges, what its anchors receive, and its active hinges.
-
-    Args:
-        anchors, others: ``[n, D]`` and ``[N, D]``; anchor ``i`` and other ``first + i`` are a pair.
-        threshold, all_thresholds: ``[n]`` and ``[N]``.
-
-    Returns:
-        The sum; ``[n, D]`` gradient from the hinges of these anchors and of all others, without the positives' part;
-        ``[n]`` active hinges of each anchor in this direction.
-    """
-    grad = torch.empty_like(anchors) if with_grad else anchors.new_empty(0)
-    active = torch.zeros_like(threshold)
-    total = torch.zeros((), dtype=_sum_dtype(anchors), device=anchors.device)
-    tile = _new_tile(anchors, others)
-    work = torch.empty_like(tile)
-    for rows in _tiles(anchors, others):
-        size = rows.stop - rows.start
-        above, by_row = tile[:size], work[:size]
-        total += _row_hinges(anchors[rows], others, threshold[rows], first + rows.start, above, by_row)
-        if with_grad:
-            active[rows] = by_row.sign_().sum(1)
-            by_row.add_(above.sub_(all_thresholds).clamp_min_(0).sign_())
-            torch.mm(by_row, others, out=grad[rows])
-    return total, grad, active
-
-
-def _sum_dtype(like: Tensor) -> torch.dtype:
+def sum_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64

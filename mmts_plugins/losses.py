@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import rank_info_nce, rank_max_margin
-from .functional import info_nce, max_margin
+from .functional import rank_info_nce, rank_max_margin
 
 
 class _GatheredLoss(nn.Module):
@@ -45,8 +43,6 @@ class InfoNCELoss(_GatheredLoss):
 
     def forward(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> Tensor:
         """Features ``[n, D]`` of this rank, L2-normalised; ``temperature`` ``[n]`` of the same rows; a scalar."""
-        if self.world_size == 1:
-            return info_nce(image_features, text_features, temperature, label_smoothing=self.label_smoothing)
         return rank_info_nce(
             image_features,
             text_features,
@@ -69,8 +65,6 @@ class MaxMarginLoss(_GatheredLoss):
 
     def forward(self, image_features: Tensor, text_features: Tensor, margin: Tensor) -> Tensor:
         """Features ``[n, D]`` of this rank; ``margin`` ``[n]`` of the same rows; a scalar."""
-        images = F.normalize(image_features, dim=-1, eps=1e-8)
-        texts = F.normalize(text_features, dim=-1, eps=1e-8)
-        if self.world_size == 1:
-            return max_margin(images, texts, margin)
-        return rank_max_margin(images, texts, margin, self.rank, self.world_size, self.gather_with_grad)
+        return rank_max_margin(
+            image_features, text_features, margin, self.rank, self.world_size, self.gather_with_grad, normalize=True
+        )

@@ -235,11 +235,11 @@ def assert_same(ours, wanted, tolerance=1e-12):
         assert (mine - other).abs().max().item() <= tolerance * scale
 
 
-@pytest.fixture(params=[(1, 64), (3, 1), (7, 1), (256, 1 << 20)], ids=lambda p: f"rows{p[0]}")
+@pytest.fixture(params=[(1, 1), (3, 5), (7, 2), (512, 2048)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def tiles(request, monkeypatch):
     """Tiles from one row to all: borders inside, at the end, and nowhere."""
-    monkeypatch.setattr("mmts_plugins._tiles._LEAST_ROWS", request.param[0])
-    monkeypatch.setattr("mmts_plugins._tiles._TILE_ELEMENTS", request.param[1])
+    monkeypatch.setattr("mmts_plugins._tiles._HEIGHT", request.param[0])
+    monkeypatch.setattr("mmts_plugins._tiles._WIDTH", request.param[1])
 
 
 @pytest.mark.parametrize("budget", [0, 3000, 1 << 30], ids=["none-kept", "some-kept", "all-kept"])
