@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import CellType, ModuleType
 from typing import Any, Optional
 
 from .. import _hooks
@@ -218,13 +218,13 @@ class Host:
                 others = [each for each in _layers(replacement.__wrapped__)[:-1] if _is_foreign(each, seam)]
                 if others:
                     logger.warning("MM-TS: %s is wrapped by another tool: %s", seam, _made_by(others[0]))
-            elif _wrapped_inside(current, str(seam)):
+            elif _leads_to(current, str(seam)):
                 logger.warning("MM-TS: %s was wrapped by another tool after us: %s", seam, _made_by(current))
             else:
                 raise SeamError(
                     f"{self.name} {self.version()}: another tool ({_made_by(current)}) put its own in the place of "
-                    f"{seam} after mmts-plugins was armed, so the schedule might not apply; switch that tool off, or "
-                    "have it wrap with functools.wraps what it finds there"
+                    f"{seam} after mmts-plugins was armed, so the schedule would not apply; switch that tool off, or "
+                    "have it call what it finds there (functools.wraps tells that it does)"
                 )
 
     def status(self, seam: Seam) -> str:
@@ -346,6 +346,29 @@ def _is_foreign(function: Any, seam: Seam) -> bool:
 
 def _wrapped_inside(function: Any, marker: str) -> bool:
     return any(getattr(layer, "_mmts_seam", None) == marker for layer in _layers(function))
+
+
+def _leads_to(function: Any, marker: str, deep: int = 3) -> bool:
+    """Whether ours stands inside a function, or among what its code refers to: not every wrapper says what it wraps."""
+    if _wrapped_inside(function, marker):
+        return True
+    code = getattr(function, "__code__", None)
+    if deep == 0 or not (code or callable(function)):
+        return False
+    inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != _EMPTY]
+    if code is not None:
+        inside += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        inside += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    else:
+        inside += [getattr(function, "func", None), getattr(function, "__func__", None), *_attributes(function)]
+    return any(callable(each) and _leads_to(each, marker, deep - 1) for each in inside)
+
+
+_EMPTY = CellType()
+
+
+def _attributes(thing: Any) -> list[Any]:
+    return [] if isinstance(thing, type) else list(getattr(thing, "__dict__", {}).values())
 
 
 def _holders(original: Any, attribute: str) -> list[str]:

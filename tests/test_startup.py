@@ -530,7 +530,13 @@ def test_what_others_put_around_a_seam_is_told_before_a_run(tiny):
     done = tiny(wrapping + "tiny.leaf.make = Proxy(ours); host.tell_wrappers(); print(host.status(seam))")
     assert done.stdout.splitlines()[0].startswith("MM-TS: tiny.leaf.make was wrapped by another tool after us: ")
     assert done.stdout.splitlines()[1] == "installed"
-    done = tiny(wrapping + "tiny.leaf.make = bare; host.tell_wrappers(); print('trained')")
+    for silent in ("bare", "functools.partial(ours)", "(lambda held: lambda args: held(args))(ours)",
+                   "(lambda args, held=ours: held(args))"):  # fmt: skip
+        done = tiny(wrapping + f"tiny.leaf.make = {silent}; host.tell_wrappers(); print(tiny.leaf.make('a'))")
+        assert done.stdout.startswith("MM-TS: tiny.leaf.make was wrapped by another tool after us: ")
+        assert done.stdout.splitlines()[1] == "ours:plain a"
+    other = "tiny.leaf.make = lambda args: str(sys.version); host.tell_wrappers(); print('trained')"
+    done = tiny(wrapping + other)
     assert "SeamError: Tiny not installed: another tool (__main__, -c:" in done.stdout
     assert "put its own in the place of tiny.leaf.make after mmts-plugins was armed" in done.stdout
     assert "trained" not in done.stdout
@@ -782,7 +788,10 @@ def test_faults_of_ours_are_one_line_and_the_hosts_tracebacks_stay(tiny):
     done = tiny(code + "tiny.leaf.make(1)")  # in the host's own, which our wrapper called
     assert done.stdout.startswith("Traceback")
     assert "mmts: error" not in done.stdout
-    code += "def lacks(value): raise MemoryError('big')\n    schedule.math.isfinite = lacks\n    "
+    code += """scope = {"__name__": "torch.nn"}
+    exec("def lacks(value): raise MemoryError('big')", scope)
+    schedule.math.isfinite = scope["lacks"]
+    """
     done = tiny(code + "schedule.CosineSchedule(1, 1)")  # a fault of nobody
     assert done.stdout.splitlines()[-1] == "MemoryError: big"
     assert "mmts: error" not in tiny(code + "raise KeyError('theirs')").stdout
