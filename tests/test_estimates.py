@@ -403,7 +403,7 @@ def test_tables_are_compared_by_caption(tsv: Path, tmp_path: Path, capsys: pytes
     assert "not of the same captions" in capsys.readouterr().err
     ClusterTable.build(["other"], [0], [1.0], info={"stability": ["x"]}).save(tmp_path / "d.parquet")
     assert main(["stability", "--tables", str(tmp_path / "d.parquet")]) == 2
-    assert "its stability is ['x'], not a mapping" in capsys.readouterr().err
+    assert "'stability' is ['x']: it must be a mapping" in capsys.readouterr().err
     assert main(["stability", "--tables", c]) == 2
     assert "was not measured" in capsys.readouterr().err
     assert main(["stability", "--tables", a, "--runs", "3"]) == 2

@@ -48,7 +48,7 @@ _BATCH = 65_536  # captions
 _UNIT = 500_000  # rows of a Parquet file that an engine reads as one part
 _EMPTY_CELL = "nan"  # str() of what pandas makes of it, and so what OpenCLIP trains on
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # two letters at least: C:\ is a drive
-_LARGEST = 1e12  # of an embedding: squares, summed over a set of any size, stay far from float32's end
+LARGEST = 1e12  # of an embedding: squares, summed over a set of any size, stay far from float32's end
 _MANY_FIELDS = 20  # an object of more texts is no record
 _DEEPEST = 6  # levels of a document that are looked at
 _TEXT_FIELDS = ("caption", "captions", "sentence", "sentences", "raw", "desc", "description", "text", "comment")
@@ -821,10 +821,12 @@ def read_class_counts(path: str) -> tuple[list[str], np.ndarray, list[str]]:
     return [ids[index] for index in present], np.array([counts[index] for index in present], np.int64), notes
 
 
-def read_embeddings(path: str, tensor: Optional[str] = None, flag: str = "--embeddings") -> np.ndarray:
+def read_embeddings(
+    path: str, tensor: Optional[str] = None, flag: str = "--embeddings", largest: float = LARGEST
+) -> np.ndarray:
     """``[n, d]`` numbers from a ``.npy`` or ``.safetensors`` file, checked to be finite; nothing is unpickled.
 
-    ``flag`` is the one that named the file, for messages.
+    ``flag`` is the one that named the file, for messages; ``largest`` as in :func:`check_finite`.
     """
     file = Path(path)
     if not os.path.exists(path):
@@ -836,7 +838,7 @@ def read_embeddings(path: str, tensor: Optional[str] = None, flag: str = "--embe
     points = load_npy(path) if file.suffix == ".npy" else _load_safetensors(path, tensor)
     if points.ndim != 2 or 0 in points.shape:
         raise MMTSError(f"{path}: the shape is {list(points.shape)}, expected [samples, dimensions]")
-    check_finite(points, path)
+    check_finite(points, path, largest)
     return points
 
 
@@ -895,17 +897,21 @@ def _load_safetensors(path: str, tensor: Optional[str]) -> np.ndarray:
             return cast(np.ndarray, found.float().numpy())
 
 
-def check_finite(points: np.ndarray, source: str) -> None:
-    """Raise an MMTSError that names the first row that cannot be computed with (rows count from 0, as in NumPy)."""
+def check_finite(points: np.ndarray, source: str, largest: float = np.inf) -> None:
+    """Raise an MMTSError that names the first row that cannot be computed with (rows count from 0, as in NumPy).
+
+    ``largest`` is the largest size of a number, where it is taken as it is and not scaled to a length of 1.
+    """
     step = 65536  # the mask of a mapped file must not be as large as the file
     for start in range(0, len(points), step):
-        with np.errstate(over="ignore"):
-            block = np.asarray(points[start : start + step], np.float32)  # as it is computed with
-        good = (np.abs(block) <= _LARGEST).all(axis=1)
+        block = np.asarray(points[start : start + step])
+        if block.dtype.kind != "f":  # the size of the least whole number is no whole number
+            block = block.astype(np.float64)
+        good = (np.isfinite(block) & (np.abs(block) <= largest)).all(axis=1)
         if not good.all():
             row = int(np.argmin(good))
             what = "a number whose square is too large; scale the rows"
-            if not np.isfinite(points[start + row]).all():
+            if not np.isfinite(block[row]).all():
                 what = "a NaN or an infinity; fix or drop it"
             raise MMTSError(f"{source}: row {start + row} (counting from 0) holds {what}")
         release(points)

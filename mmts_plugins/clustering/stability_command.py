@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
-from ..errors import ConfigError, MMTSError, TableError, cause, shown
+from ..errors import ConfigError, MMTSError, TableError, cause
 from ..presets import MAX_MARGIN, PRESETS
 from . import command
 
@@ -138,8 +138,6 @@ def _tables(paths: list[str], preset_name: str) -> tuple[dict[str, Any], list[st
                 f"{paths[0]}: its stability was not measured when it was made; name a second table of the same "
                 "captions, or measure the recipe: mmts stability DATA ..."
             )
-        if not isinstance(stored, dict):
-            raise TableError(f"{paths[0]}: its stability is {shown(stored)}, not a mapping (by another tool?)")
         return stored, [f"{name:<24} {value}" for name, value in stored.items()]
     pairs = {}
     lines = [f"{'tables':<48} {'ARI':>6} {'rank':>6}   {_what(preset_name)} moves"]

@@ -201,7 +201,7 @@ def _encoded(args: argparse.Namespace, samples: sets.Samples, names: Sequence[st
 def _features(path: str, flag: str, images: Optional[torch.Tensor] = None, of: str = "") -> torch.Tensor:
     """``[n, D]`` L2-normalised float32, as wide as ``images``, which came from the file ``of``."""
     with reading(path, f"cannot be read as features ({flag})"):
-        points = np.asarray(read_embeddings(path, flag=flag))
+        points = np.asarray(read_embeddings(path, flag=flag, largest=np.inf))
     points = points.astype(np.result_type(points.dtype, np.float32))  # whole numbers become float64
     if images is not None and points.shape[1] != images.shape[1]:
         raise MMTSError(f"{path}: {points.shape[1]} dimensions, but {of} has {images.shape[1]} ({flag})")

@@ -12,15 +12,15 @@ import numpy as np
 
 from .._files import replacing
 from ..clusters import CAPTION
-from ..config import FILE_NAME, THIRDS
+from ..config import FIELDS, FILE_NAME, RECORDED, THIRDS
 from ..errors import ConfigError, MMTSError, one_line, reading
-from ..fields import SWITCH, TEXT, WHOLE, Field, check_mapping
+from ..fields import TEXT, WHOLE, Field, check_mapping
 from ..plan import Plan, named_table
 from ..presets import INFONCE, MAX_MARGIN
 from .logs import Metric, Score, TrainingLog, read_run
 from .page import Page, number, slugs
 from .plots import HEAD, MIDDLE, MOST_PANELS, PLAIN, SERIES, TAIL, legend_above, literal, new_figure, save
-from .schedule import SCHEDULED, draw_run
+from .schedule import draw_run
 
 _COLOUR_OF_THIRD = dict(zip(THIRDS, (HEAD, MIDDLE, TAIL)))
 _PERCENT = re.compile(r"R@\d+$|mAP|nDCG|top\d$|accuracy|class_mean|mean_recall")
@@ -32,13 +32,11 @@ _PLOTTED_THIRDS = 4
 _PLOTTED_METRICS = 100
 _TALLEST = 60  # inches of a figure
 _PLANNED = {
-    **SCHEDULED,
+    **{name: FIELDS[name] for name in ("alpha", "shift_min", "shift_max", "num_oscillations", "period", "no_schedule",
+                                       "no_shifts", "clusters")},
     "loss": Field(TEXT, choices=(INFONCE, MAX_MARGIN)),
-    "no_schedule": Field(SWITCH),
-    "no_shifts": Field(SWITCH),
     "total_steps": Field(WHOLE, least=1),
-    "clusters": Field(TEXT, null=True),
-    "table_hash": Field(TEXT, null=True),
+    "table_hash": RECORDED["table_hash"],
 }
 """What of a record makes its plan; the rest is shown as it is."""
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 from ..adapters.openclip import DEFAULT_PRESETS
-from ..config import SMALLEST_CALM_TEMPERATURE, merge, read_record
+from ..config import FIELDS, SMALLEST_CALM_TEMPERATURE, merge, read_record
 from ..errors import ConfigError, shown
-from ..fields import NUMBER, WHOLE, Field
+from ..fields import WHOLE, Field
 from ..plan import Plan, named_table, read_table
 from ..presets import INFONCE
 from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, literal, save, style
@@ -21,16 +21,7 @@ from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, literal, s
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_EXTREME = 1e3  # no shift and no amplitude, in units of a cosine similarity
 _MOST_STEPS = 10**9
-SCHEDULED = {
-    "alpha": Field(NUMBER, least=0, most=_EXTREME),
-    "shift_min": Field(NUMBER, least=-_EXTREME, most=_EXTREME),
-    "shift_max": Field(NUMBER, least=-_EXTREME, most=_EXTREME),
-    "num_oscillations": Field(NUMBER, null=True, above=0, most=1e9),
-    "period": Field(NUMBER, null=True, least=1e-3),
-}
-"""What can be drawn of a schedule, also where a run would refuse it."""
 _POINTS = 2000
 _BROADEST = 0.5  # how far below the hardest negative the weights are drawn, in cosine similarity
 _COLOURS = {"rarest": TAIL, "tail": TAIL, "middle": MIDDLE, "all": MIDDLE, "head": HEAD, "most common": HEAD}
@@ -59,7 +50,7 @@ def plans(
     if "period" in changes and "num_oscillations" in changes:
         raise ConfigError("give either --num-oscillations or --period, not both")
     for name, value in changes.items():
-        SCHEDULED[name].check(f"--{name.replace('_', '-')}", value)
+        FIELDS[name].check(f"--{name.replace('_', '-')}", value)
     if total_steps is not None and total_steps > _MOST_STEPS:
         raise ConfigError(f"--total-steps is {shown(total_steps)}: too large")
     loaded = None if table is None else read_table(table)
@@ -71,8 +62,6 @@ def plans(
         record = read_record(path)
         steps = total_steps if total_steps is not None else record.get("total_steps", default_steps)
         steps = Field(WHOLE, least=1, most=_MOST_STEPS).check(f"{path}: field 'total_steps'", steps)
-        for name, field in SCHEDULED.items():
-            field.check(f"{path}: field {name!r}", values.get(name, 1))
         found.append(Plan(values, steps, loaded or named_table(record, path)[0], path))
     return found
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .._files import replacing
 from ..adapters.avion import count_classes, load_classes
-from ..clustering.sources import check_finite, read_embeddings
+from ..clustering.sources import LARGEST, check_finite, read_embeddings
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import DISTRIBUTIONS
 from ..errors import ConfigError, MMTSError, TableError, one_line, reading, shown
@@ -463,7 +463,7 @@ def _project(each: Shown, options: Options) -> Union[Points, str]:
         from ..clustering.encoders import encode
 
         chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), options.seed)
-    check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}")
+    check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}", LARGEST)
     return Points(rows, (_umap if options.projection == "umap" else _tsne)(chosen, options.seed))
 
 
