@@ -443,7 +443,7 @@ def test_metadata_that_is_odd_is_shown_in_a_few_words(tmp_path: Path) -> None:
     deep: Any = 1
     for _ in range(12):
         deep = {"x": deep}
-    long_tail(tmp_path / "t.parquet", runs="3", source="a b;c<i>", deep=deep, many=["x"] * 10**5, name="two\nlines",
+    long_tail(tmp_path / "t.parquet", runs=3, source="a b;c<i>", deep=deep, many=["x"] * 10**5, name="two\nlines",
               stability={"verdict": ["x"] * 10**5, "deep": deep, "ok": 0.5})  # fmt: skip
     assert report(tmp_path / "t.parquet", "-o", tmp_path / "out") == 0
     assert len(page_of(tmp_path / "out")) < 400_000

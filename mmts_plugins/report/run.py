@@ -32,8 +32,19 @@ _PLOTTED_THIRDS = 4
 _PLOTTED_METRICS = 100
 _TALLEST = 60  # inches of a figure
 _PLANNED = {
-    **{name: FIELDS[name] for name in ("alpha", "shift_min", "shift_max", "num_oscillations", "period", "no_schedule",
-                                       "no_shifts", "clusters")},
+    **{
+        name: FIELDS[name]
+        for name in (
+            "alpha",
+            "shift_min",
+            "shift_max",
+            "num_oscillations",
+            "period",
+            "no_schedule",
+            "no_shifts",
+            "clusters",
+        )
+    },
     "loss": Field(TEXT, choices=(INFONCE, MAX_MARGIN)),
     "total_steps": Field(WHOLE, least=1),
     "table_hash": RECORDED["table_hash"],
