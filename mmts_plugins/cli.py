@@ -52,7 +52,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         return 2 if isinstance(error, (MMTSError, OSError, UnicodeEncodeError)) else 70
     if launched is not None:
-        launched()  # its errors are its own, tracebacks and all
+        try:
+            launched()  # its errors are its own, tracebacks and all
+        except MMTSError as error:
+            print(f"mmts: error: {error}", file=sys.stderr)
+            return 2
     return code
 
 
