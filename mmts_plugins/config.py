@@ -392,14 +392,14 @@ def read_record(path: PathLike) -> dict[str, Any]:
     return values
 
 
-def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: bool) -> None:
-    """Compare this run's record with the one beside the checkpoint it resumes.
+def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: bool, source: str = "") -> None:
+    """Compare this run's record with the one of the checkpoint it resumes; ``source`` is where a copy came from.
 
     Raises:
         ConfigError: naming every field that differs, unless ``allow_change``.
     """
     if not Path(saved_path).exists():
-        problem = f"{saved_path} does not exist: the checkpoint was not trained with MM-TS"
+        problem = f"{source or saved_path} does not exist: the checkpoint was not trained with MM-TS"
     else:
         saved = read_record(saved_path)
         different = [
@@ -409,7 +409,7 @@ def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: boo
         ]
         if not different:
             return
-        problem = f"{saved_path}: the resumed run differs: " + "; ".join(different)
+        problem = f"{source or saved_path}: the resumed run differs: " + "; ".join(different)
     if not allow_change:
         raise ConfigError(problem + ". Go on anyway with --mmts-allow-config-change")
     logger.warning("MM-TS: %s (allowed by --mmts-allow-config-change)", problem)

@@ -6,6 +6,7 @@ A child has run nothing yet: the server imports what the plugin imports in train
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
@@ -13,8 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "mmts_plugins.adapters.vast"])
+if multiprocessing.parent_process() is not None:  # our parent's server has other modules loaded: start one of our own
+    multiprocessing.forkserver._forkserver.__init__()  # type: ignore[attr-defined,misc]
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.nn.parallel", "mmts_plugins.adapters.vast", "hypothesis", "pytest"]
+)
 
 
 def _become(arguments: list[str], environment: dict[str, str], output: str) -> None:
@@ -52,7 +57,7 @@ def run_forked(*arguments: object, timeout: float = 120, **environment: str) -> 
     """``python ARGUMENTS``; output as text, errors merged in."""
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     with tempfile.NamedTemporaryFile(suffix=".txt") as output:
-        child = _context.Process(target=_become, args=([str(a) for a in arguments], environment, output.name))
+        child = context.Process(target=_become, args=([str(a) for a in arguments], environment, output.name))
         child.start()
         child.join(timeout)
         if child.exitcode is None:
