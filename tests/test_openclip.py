@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import tarfile
+import types
 from pathlib import Path
 from typing import Any, Optional
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +25,7 @@ import open_clip
 import yaml
 from open_clip_train.main import main
 
-from mmts_plugins.adapters.openclip import Run, ScheduledLoss
+from mmts_plugins.adapters.openclip import Run, ScheduledLoss, _check_resumed, _pad_id, _text
 from mmts_plugins.errors import ConfigError, MMTSError, SeamError, TableError
 
 ALPHA, LOW, HIGH, OSCILLATIONS = 0.04, 0.05, 0.10, 5  # clip-cc3m, the default
@@ -226,6 +231,14 @@ def test_accumulation_equals_the_full_batch(scheduler, small_model, data, tmp_pa
         assert call["loss"] == pytest.approx(full[number // 2]["loss"], abs=2e-4 if number > 1 else 1e-6)
 
 
+def test_accumulation_that_does_not_divide_an_epoch(small_model, data, tmp_path, recorder):
+    """OpenCLIP drops the last two of an epoch's six batches."""
+    main(flags(small_model, data, tmp_path, accum_freq=4))
+    assert recorder.steps == [0, 0, 0, 0, 1, 1, 1, 1]
+    record = yaml.safe_load((tmp_path / "run/mmts.yaml").read_text())
+    assert (record["total_steps"], record["period"]) == (2, 0.4)
+
+
 def test_synthetic_data(small_model, data, tmp_path, recorder):
     from mmts_plugins.clusters import ClusterTable
 
@@ -285,7 +298,7 @@ def test_hugging_face_text_tower_with_its_own_tokenizer(data, tmp_path, recorder
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     tower = tmp_path / "bert"
     words = sorted({word.lower() for caption in CAPTIONS for word in caption.replace("!", " ! ").split()})
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}  # it is 3
     pieces = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate([*special.values(), *words])})
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, **special)
     fast.save_pretrained(tmp_path / "model")
@@ -302,6 +315,21 @@ def test_hugging_face_text_tower_with_its_own_tokenizer(data, tmp_path, recorder
     model = write_model(tmp_path / "model", text_cfg={**text, "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"})
     main(flags(model, data, tmp_path, epochs=1))
     check_steps(recorder, model, data.table, total=6)
+
+
+def test_the_token_that_a_tokenizer_pads_with():
+    wrapped = types.SimpleNamespace(pad_token_id=7)
+    assert _pad_id(types.SimpleNamespace(pad_token_id=5, tokenizer=wrapped)) == 5  # 4.x says it itself
+    assert _pad_id(types.SimpleNamespace(tokenizer=wrapped)) == 7
+    assert _pad_id(types.SimpleNamespace(pad_token_id=None, tokenizer=wrapped)) == 7
+    assert _pad_id(open_clip.get_tokenizer("ViT-B-32")) == 0
+    assert _pad_id(types.SimpleNamespace(tokenizer=types.SimpleNamespace(pad_token_id=None))) == 0
+
+
+def test_examples_of_any_tokenizer():
+    clip = open_clip.get_tokenizer("ViT-B-32")
+    assert _text(clip(["Two dogs, running"])[0], clip) == "two dogs , running"
+    assert _text(torch.tensor([3, 4]), types.SimpleNamespace()) == "tokens [3, 4]"
 
 
 def test_coca_keeps_its_caption_loss(data, tmp_path, recorder):
@@ -389,6 +417,121 @@ def test_resuming_a_plain_run_is_refused(small_model, data, tmp_path):
     main(flags(small_model, data, tmp_path, epochs=1, loss=None, mmts_clusters=None))
     with pytest.raises(ConfigError, match=r"mmts\.yaml does not exist: the checkpoint was not trained with MM-TS"):
         main(flags(small_model, data, tmp_path, resume="latest"))
+
+
+AWS = """#!/bin/sh
+echo "$@" >> "$0.log"
+case "$1 $2" in
+  "s3 ls") ls -l "$3" | tail -n +2 ;;
+  "s3 sync") mkdir -p "$4" && cp -r "$3/." "$4" ;;
+esac
+"""
+
+
+def test_resume_of_a_run_that_is_synced_elsewhere(small_model, data, tmp_path, recorder, monkeypatch):
+    """``--resume latest --remote-sync`` takes the last name among the checkpoints for one (open_clip 319)."""
+    aws = tmp_path / "bin" / "aws"
+    aws.parent.mkdir()
+    aws.write_text(AWS)
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}{os.pathsep}{os.environ['PATH']}")
+    # OpenCLIP's own process for it outlives an interrupted run, for ever.
+    monkeypatch.setattr("open_clip_train.main.start_sync_process", lambda *_: mock.Mock())
+    arguments = flags(small_model, data, tmp_path / "here", remote_sync=tmp_path / "there", epochs=3)
+    with monkeypatch.context() as patch:
+        interrupt_before(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    subprocess.run([aws, "s3", "sync", tmp_path / "here" / "run", tmp_path / "there" / "run"], check=True)
+    assert sorted(path.name for path in (tmp_path / "there/run/checkpoints").iterdir()) == ["epoch_1.pt", "epoch_2.pt"]
+    assert (tmp_path / "there/run/mmts.yaml").is_file()
+    shutil.rmtree(tmp_path / "here")  # another machine
+    again = flags(small_model, data, tmp_path / "here", remote_sync=tmp_path / "there", epochs=3, resume="latest")
+    with pytest.raises(
+        ConfigError, match=r"there/run/mmts\.yaml: the resumed run differs: alpha was 0\.04 and is 0\.05"
+    ):
+        main([*again, "--mmts-alpha", "0.05"])
+    main(again)
+    assert "s3 ls" in (aws.parent / "aws.log").read_text()
+    check_steps(recorder, small_model, data.table, total=18)
+
+
+def test_a_remote_checkpoints_record_is_compared(small_model, data, tmp_path, recorder, monkeypatch):
+    main(flags(small_model, data, tmp_path, name="first", epochs=1, mmts_period=1.2))
+    there = f"file://{tmp_path}/first"
+    again = {"epochs": 2, "mmts_period": 1.2, "resume": f"{there}/checkpoints/epoch_1.pt"}
+    with pytest.raises(
+        ConfigError, match=rf"{there}/mmts\.yaml: the resumed run differs: alpha was 0\.04 and is 0\.05"
+    ):
+        main(flags(small_model, data, tmp_path, name="second", mmts_alpha=0.05, **again))
+    main(flags(small_model, data, tmp_path, name="third", **again))
+    assert recorder.steps == list(range(12))
+    (tmp_path / "first/mmts.yaml").unlink()
+    with pytest.raises(
+        ConfigError, match=rf"{there}/mmts\.yaml does not exist: the checkpoint was not trained with MM-TS"
+    ):
+        main(flags(small_model, data, tmp_path, name="fourth", **again))
+
+
+def resumed(checkpoint: str, own: Path, **values: object) -> None:
+    _check_resumed(checkpoint, own, {"alpha": 0.04, **values}, allow_change=False)
+
+
+def test_where_a_checkpoints_record_is_looked_for(tmp_path, caplog, monkeypatch):
+    run = tmp_path / "run"
+    old, new = run / "checkpoints" / "mmts.yaml", run / "mmts.yaml"
+    old.parent.mkdir(parents=True)
+    old.write_text("alpha: 0.01")
+    for checkpoint in (run / "checkpoints" / "epoch_1.pt", run / "checkpoints" / "epoch_1"):  # a folder under FSDP
+        with pytest.raises(ConfigError, match=r"run/checkpoints/mmts\.yaml: .* alpha was 0\.01 and is 0\.04"):
+            resumed(str(checkpoint), tmp_path)
+    new.write_text("alpha: 0.02")
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: .* alpha was 0\.02 and is 0\.04"):
+        resumed(str(run / "checkpoints" / "epoch_1.pt"), tmp_path)
+    monkeypatch.chdir(old.parent)
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: .* alpha was 0\.02"):
+        resumed("epoch_1.pt", tmp_path)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "mmts.yaml").write_text("alpha: 0.03")
+    with pytest.raises(ConfigError, match=r"moved/mmts\.yaml: .* alpha was 0\.03"):
+        resumed(str(moved / "epoch_1.pt"), tmp_path)
+    # Remote and out of reach: the local folder of the same run tells, but no other run's.
+    unreachable = "nosuch://bucket/{}/checkpoints/epoch_1.pt"
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: .* alpha was 0\.02"):
+        resumed(unreachable.format("run"), run)
+    new.unlink()
+    with pytest.raises(ConfigError, match=r"run/checkpoints/mmts\.yaml: .* alpha was 0\.01"):
+        resumed(unreachable.format("run"), run)
+    assert not caplog.messages
+    resumed(unreachable.format("other"), run)
+    (warning,) = caplog.messages
+    assert warning.startswith("MM-TS: nosuch://bucket/other/mmts.yaml cannot be read (")
+    assert warning.endswith("whether the resumed run had the same settings is not checked")
+
+
+def test_what_earlier_versions_left_among_the_checkpoints(small_model, data, tmp_path, recorder, monkeypatch):
+    arguments = flags(small_model, data, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_before(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    run = tmp_path / "run"
+    for name in ("mmts.yaml", "mmts.jsonl"):
+        (run / name).rename(run / "checkpoints" / name)
+    with pytest.raises(ConfigError, match=r"run/checkpoints/mmts\.yaml: the resumed run differs: alpha was 0\.04"):
+        main([*arguments, "--resume", "latest", "--mmts-alpha", "0.05"])
+    main([*arguments, "--resume", "latest"])
+    check_steps(recorder, small_model, data.table, total=12)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch_1.pt", "epoch_2.pt"]
+    lines = [json.loads(line) for line in (run / "mmts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "tau_base" in line] == list(range(12))
+
+
+def test_a_record_that_cannot_be_written_is_one_error(small_model, data, tmp_path):
+    (tmp_path / "run/mmts.yaml/inside").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: cannot be written: Is a directory"):
+        main(flags(small_model, data, tmp_path))
 
 
 def test_saved_config_reproduces_the_run(small_model, data, tmp_path, recorder):
