@@ -171,10 +171,10 @@ class Run:
             self._look_up(dataset)
             return None
         if self.table.kind == CAPTION:
-            what, keys = "captions", [str(sample[4]) for sample in dataset.samples]
+            what, keys = "caption", [str(sample[4]) for sample in dataset.samples]
         else:
             assert self.config.distribution is not None
-            what = f"{self.config.distribution} classes"
+            what = f"{self.config.distribution} class"
             keys = [_key(self.config.distribution, *sample[-2:]) for sample in dataset.samples]
         rows = self.table.rows_of(keys)
         self._judge([keys[i] for i in np.flatnonzero(rows < 0)], len(keys), f"training samples of {dataset.metadata}", what)

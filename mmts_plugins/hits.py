@@ -111,7 +111,8 @@ class HitGuard:
         self._batches += 1
         self._samples += len(missed)
         self._misses = self._misses + missed.sum()
-        first = missed.int().topk(min(_EXAMPLES, len(missed))).indices  # the missed ones, if any, without waiting
+        # The first that are missed, if any, found without waiting.
+        first = missed.int().sort(descending=True, stable=True).indices[:_EXAMPLES]
         kept = rows.index_select(0, first) if isinstance(rows, Tensor) else [rows[i] for i in first.tolist()]
         self._seen.append((kept, missed.index_select(0, first)))
         if not self._judged:

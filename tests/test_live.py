@@ -114,8 +114,7 @@ def test_thirds_are_told_by_the_shift():
 
 
 def test_meter_reads_what_was_seen_and_starts_anew():
-    # Frequencies 90, 30 and 3 of three samples each: under clip-cc3m head, middle and tail get 0.10, 0.05 + 27/87 * 0.05
-    # and 0.05.
+    # Frequencies 90, 30 and 3 of three samples each: under clip-cc3m 0.10, 0.05 + 27/87 * 0.05 and 0.05.
     run, meter = runtime(), Meter()
     run.step = 30
     base, middle = 0.02 * math.cos(2 * math.pi * 30 / 20), 0.05 + 0.05 * 27 / 87
