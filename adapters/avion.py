@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node, gather_rows
-from ..errors import ConfigError, SeamError, TableError
+from ..errors import ConfigError, SeamError, TableError, one_line, reading, shown
+from ..hits import HitGuard, judge
 from ..live import Live, Meter
 from ..lookup import TokenLookup
 from ..losses import InfoNCELoss, MaxMarginLoss
@@ -124,6 +125,7 @@ class Run:
         self._losses: Optional[nn.Module] = None
         self.live: Optional[Live] = None
         self._meter = Meter()
+        self._guard: Optional[HitGuard] = None
         self._shown: dict[str, float] = {}
         self._tokens: Optional[Tensor] = None
         # Without a learning rate schedule (--fix-lr) nobody tells the step, and forward passes are counted.
@@ -140,6 +142,8 @@ class Run:
             ConfigError, TableError: an unsupported argument, or a metadata file whose classes cannot be counted.
         """
         self._args = args
+        if getattr(args, "evaluate", False) and args.rank == 0:
+            self._warn("--loss mmts changes nothing here: --evaluate trains nothing")
         if args.update_freq > 1:
             raise ConfigError(
                 f"--update-freq {args.update_freq}: gradient accumulation is broken in AVION itself (its loop uses "
@@ -167,13 +171,15 @@ class Run:
             self._look_up(dataset)
             return None
         if self.table.kind == CAPTION:
-            what, keys = "captions", [str(sample[4]) for sample in dataset.samples]
+            what, keys = "caption", [str(sample[4]) for sample in dataset.samples]
         else:
             assert self.config.distribution is not None
-            what = f"{self.config.distribution} classes"
+            what = f"{self.config.distribution} class"
             keys = [_key(self.config.distribution, *sample[-2:]) for sample in dataset.samples]
         rows = self.table.rows_of(keys)
-        self._check_found([keys[i] for i in np.flatnonzero(rows < 0)], len(keys), "training samples", what)
+        self._judge(
+            [keys[i] for i in np.flatnonzero(rows < 0)], len(keys), f"training samples of {dataset.metadata}", what
+        )
         return np.where(rows < 0, len(self.table), rows)
 
     def _look_up(self, dataset: Any) -> None:
@@ -183,6 +189,17 @@ class Run:
         if self.lookup is None:
             with first_on_node(args.gpu or 0, args.world_size > 1):
                 self.lookup = TokenLookup(self.table, dataset.tokenizer, _PAD, _device(args))
+            # Only some of many narrations are tried here; the batches tell of the others.
+            self._guard = HitGuard(
+                "drawn captions",
+                self.table.source,
+                self.config.missing,
+                lambda row: _text(row, dataset.tokenizer),
+                self._warn,
+                _device(args),
+                args.rank,
+                args.world_size,
+            )
         spread = np.unique(np.linspace(0, len(dataset.samples) - 1, _PROBED).astype(int))
         drawn = getattr(dataset, "metadata_sentence", None)
         captions = (
@@ -192,23 +209,21 @@ class Run:
         )
         index = self.lookup(dataset.tokenizer(captions).to(_device(args)))
         absent = [captions[i] for i in torch.nonzero(index == self.lookup.missing).flatten().tolist()]
-        self._check_found(absent, len(captions), f"captions of {dataset.metadata}", "captions")
+        self._judge(absent, len(captions), f"captions of {dataset.metadata}", "caption")
 
-    def _check_found(self, absent: Sequence[str], total: int, where: str, what: str) -> None:
+    def _judge(self, absent: Sequence[str], total: int, what: str, found_by: str) -> None:
+        """Samples known before training, on every rank alike."""
         assert self.table is not None
-        if not absent:
-            return
-        message = (
-            f"{len(absent)} of {total} {where} are of {len(set(absent))} {what} that {self.table.source} does not "
-            f"know, for example {'; '.join(sorted(set(absent))[:5])}"
-        )
-        if self.config.missing == "error":
-            other = "" if what == "captions" else "another distribution (--mmts-distribution noun|verb|verb_noun), or "
-            raise TableError(f"{message}. Choose {other}what they get (--mmts-missing tail|mean)")
-        if len(absent) * 2 > total:
-            raise TableError(f"{message}. Was the table made from other captions or classes?")
-        if len(absent) * 100 > total:
-            print(f"MM-TS: warning: {message}; they get the {self.config.missing} shift (--mmts-missing)")
+        hint = "" if found_by == "caption" else " Or of another distribution (--mmts-distribution noun|verb|verb_noun)?"
+        examples = sorted(set(absent))
+        source, missing = self.table.source, self.config.missing
+        warning = judge(len(absent), total, f"{total} {what}", source, missing, examples, found_by, hint)
+        if warning is not None and self._args.rank == 0:
+            self._warn(warning)
+
+    @staticmethod
+    def _warn(warning: str) -> None:
+        print(f"MM-TS: warning: {one_line(warning)}", flush=True)
 
     def prepare(self, total_steps: int) -> None:
         """When the length of the run is known, before its first step: the last checks, the banner, ``mmts.yaml``.
@@ -240,6 +255,10 @@ class Run:
         if args.rank != 0:
             return
         print(f"MM-TS: {self.runtime.describe()}")
+        for warning in self.runtime.warnings():
+            self._warn(warning)
+        if getattr(args, "start_epoch", 0) >= args.epochs:
+            self._warn(f"{args.start_epoch} of --epochs {args.epochs} are done: nothing is trained")
         if self.table is not None:
             what = f"{self.config.distribution} classes" if self.config.distribution else "clusters"
             keys = "classes" if self.table.kind == CLASS else "captions"
@@ -249,7 +268,8 @@ class Run:
                 f"hash {self.table.content_hash}",
                 flush=True,
             )
-        write_record(os.path.join(args.output_dir, FILE_NAME), values)
+        with reading(path.parent / FILE_NAME, "cannot be written", ConfigError):
+            write_record(path.parent / FILE_NAME, values)
 
     # -- every epoch and step ---------------------------------------------------------------------------------------
 
@@ -330,7 +350,13 @@ class Run:
             raise SeamError(f"AVION {self.host_version}: a training step whose captions the model was not given")
         if self.lookup is None:
             return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        return self.lookup(tokens)
+        index = self.lookup(tokens)
+        assert self._guard is not None
+        assert self.runtime is not None
+        self._guard.see(index == self.lookup.missing, tokens)
+        if (self.runtime.step + 1) % self._steps_per_epoch == 0:
+            self._guard.conclude()
+        return index
 
     def progress(self) -> str:
         """Ours of AVION's progress line: of the samples since the last one."""
@@ -342,6 +368,16 @@ class Run:
             f"[{shown['tau_min']:.4f}, {shown['tau_max']:.4f}] base {shown['tau_base']:+.4f} "
             f"head {shown['tau_head']:.4f} tail {shown['tau_tail']:.4f}"
         )
+
+
+def _text(row: Tensor, tokenizer: Any) -> str:
+    """A row of token ids as a caption again: AVION's ``tokenize`` keeps its words in its own module."""
+    ids = [number for number in row.tolist() if number != _PAD]
+    words: Any = getattr(getattr(tokenizer, "func", tokenizer), "__globals__", {}).get("_tokenizer")
+    try:
+        return str(words.decode(ids[1:-1])).strip()
+    except Exception:  # another tokenizer: the message must not fail over its example
+        return f"tokens {ids}"
 
 
 def _device(args: Any) -> torch.device:
@@ -383,7 +419,9 @@ def _class(metadata: str, line: int, distribution: str, verb: str, noun: str) ->
     try:
         return _key(distribution, int(verb), int(noun))
     except ValueError as error:
-        raise TableError(f"{metadata}, line {line}: verb_class {verb!r}, noun_class {noun!r}: {error}") from error
+        raise TableError(
+            f"{metadata}, line {line}: verb_class {shown(verb)}, noun_class {shown(noun)}: not whole numbers"
+        ) from error
 
 
 def count_classes(metadata: str, distribution: str) -> ClusterTable:
@@ -444,10 +482,11 @@ def load_classes(path: str) -> ClusterTable:
     for line, key, count in _read(path, ("class_id", "count"), "a distribution of classes"):
         if key in counts:
             raise TableError(f"{path}, line {line}: class {key} occurs twice")
-        try:
-            counts[key] = int(count)
-        except ValueError as error:
-            raise TableError(f"{path}, line {line}: the count of class {key} is {count!r}") from error
+        if not key.strip():
+            raise TableError(f"{path}, line {line}: no class_id")
+        if not re.fullmatch(r"\s*[0-9]{1,15}\s*", count):
+            raise TableError(f"{path}, line {line}: the count of class {key} is {shown(count)}: not a whole number")
+        counts[key] = int(count)
     return _table(counts, path)
 
 
@@ -463,16 +502,11 @@ def _table(counts: dict[str, Any], source: str) -> ClusterTable:
 
 def _read(path: str, columns: tuple[str, ...], what: str) -> Iterator[tuple[Any, ...]]:
     """Line number and the columns of every row."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows: Iterable[dict[str, Any]] = csv.DictReader(file)
-            names = rows.fieldnames or []  # type: ignore[attr-defined]
-            lacking = [column for column in columns if column not in names]
-            if lacking:
-                raise TableError(
-                    f"{path}: not {what}: column {lacking[0]!r} is missing (found: {', '.join(names[:8])})"
-                )
-            for row in rows:
-                yield (rows.line_num, *(row[column] or "" for column in columns))  # type: ignore[attr-defined]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TableError(f"{path}: cannot be read as {what}: {error}") from error
+    with reading(path, f"cannot be read as {what}", TableError), open(path, newline="", encoding="utf-8-sig") as file:
+        rows: Iterable[dict[str, Any]] = csv.DictReader(file)
+        names = rows.fieldnames or []  # type: ignore[attr-defined]
+        lacking = [column for column in columns if column not in names]
+        if lacking:
+            raise TableError(f"{path}: not {what}: column {lacking[0]!r} is missing (found: {', '.join(names[:8])})")
+        for row in rows:
+            yield (rows.line_num, *(row[column] or "" for column in columns))  # type: ignore[attr-defined]

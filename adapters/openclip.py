@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node
-from ..errors import ConfigError, SeamError, TableError
+from ..errors import ConfigError, SeamError, TableError, cause, one_line, reading, shown
 from ..functional import compiling
+from ..hits import HitGuard
 from ..large import LargeTable, open_table
 from ..live import Live, Meter, step_line
 from ..lookup import TokenLookup
@@ -33,8 +35,12 @@ logger = logging.getLogger(__name__)
 FAMILY = INFONCE
 DEFAULT_PRESETS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
 TEMPERATURE_KEY = "mmts_temperature"
-_WATCHED_BATCHES = 8
-_ENOUGH_SAMPLES = 64
+_CHECKPOINTS = "checkpoints"  # where OpenCLIP lists files: earlier versions of ours put theirs there
+_NOTHING_TRAINED = (
+    "nothing that the contrastive loss depends on is trained, so --loss mmts would schedule nothing: --lock-image with "
+    "--lock-text locks both towers; leave one out, or unlock its last layers (--lock-image-unlocked-groups, "
+    "--lock-text-unlocked-layers)"
+)
 
 
 class ScheduledLoss(nn.Module):
@@ -83,6 +89,8 @@ class ScheduledLoss(nn.Module):
         if self._on_call is not None:
             self._on_call()
         if torch.is_grad_enabled() and not compiling():
+            if not (image_features.requires_grad or text_features.requires_grad):
+                raise ConfigError(_NOTHING_TRAINED)
             self._watch(image_features, text_features, temperature)
         loss = self.weight * self.contrastive(image_features, text_features, temperature)
         # DDP expects a gradient for every parameter: the unused scale and bias stay in the graph, with zero.
@@ -123,10 +131,10 @@ class Run:
         self.runtime: Optional[Runtime] = None
         self.live: Optional[Live] = None
         self.lookup: Optional[TokenLookup] = None
-        self.tokenizer: Any = None
         self.host_version = ""
         self._meter = Meter()
-        self._watched = 0
+        self._guard: Optional[HitGuard] = None
+        self._unwritten: Optional[tuple[Path, dict[str, Any]]] = None
         self._awaiting_loss = False
 
     # -- once, before training --------------------------------------------------------------------------------------
@@ -150,30 +158,41 @@ class Run:
         if args.distributed:
             check_ranks_agree(values, args.rank, args.world_size, device)
         master = args.rank == 0
+        folder = Path(args.checkpoint_path).parent
         # An epoch above zero tells a resumed training checkpoint from bare weights to start from.
         if first_epoch > 0 and args.resume:
-            if "://" in args.resume:
-                logger.warning("MM-TS: %s is remote; mmts.yaml beside it is not compared", args.resume)
-            else:
-                check_resume(Path(args.resume).parent / FILE_NAME, values, self.allow_change, self.table)
+            _check_resumed(str(args.resume), folder, values, self.allow_change, self.table)
         frequencies = np.ones(1)
-        self.tokenizer = tokenizer
         if self.table is not None and not self.config.no_shifts:
             with first_on_node(args.local_rank, args.distributed):
                 self.lookup = TokenLookup(self.table, tokenizer, _pad_id(tokenizer), device)
             frequencies = self.lookup.frequencies
+            self._guard = HitGuard(
+                "training captions",
+                self.table.source,
+                self.config.missing,
+                lambda row: _text(row, tokenizer),
+                lambda warning: logger.warning("MM-TS: %s", warning),
+                device,
+                args.rank,
+                args.world_size,
+            )
         self.runtime = Runtime(self.config, self.table, frequencies, steps, device)
-        folder = args.checkpoint_path if args.logs and args.logs.lower() != "none" else None
+        saves = bool(args.logs) and args.logs.lower() != "none"
         self.live = Live(
             self.runtime,
             lambda values, step: self._log({f"train/mmts/{name}": value for name, value in values.items()}, step),
-            None if folder is None else Path(folder) / LOG_NAME,
+            folder / LOG_NAME if saves else None,
             args.rank,
             args.world_size,
         )
         if not master:
             return
         logger.info("MM-TS: %s", self.runtime.describe())
+        for warning in self.runtime.warnings():
+            logger.warning("MM-TS: %s", warning)
+        if first_epoch >= args.epochs:
+            logger.warning("MM-TS: %d of --epochs %d are done: nothing is trained", first_epoch, args.epochs)
         if self.table is not None:
             logger.info(
                 "MM-TS: %s: %d captions in %d clusters, %d samples, hash %s",
@@ -185,8 +204,8 @@ class Run:
             )
         if self.lookup is not None and self.lookup.merged:
             logger.info("MM-TS: %d captions tokenize like another and share its shift", self.lookup.merged)
-        if folder is not None:
-            write_record(os.path.join(folder, FILE_NAME), values)
+        if saves:
+            self._unwritten = folder, values
 
     def wrap_loss(self, host_loss: Any, watched: bool = True) -> ScheduledLoss:
         """OpenCLIP's loss replaced by ours. ``watched`` notes each call; a loss that is compiled must stay pure.
@@ -208,12 +227,23 @@ class Run:
 
         Raises:
             SeamError: the loss of this epoch is not ours.
+            ConfigError: nothing of the model is trained, or ``mmts.yaml`` cannot be written.
         """
         if self.runtime is None or not isinstance(loss, ScheduledLoss):
             raise SeamError(
                 f"open_clip_torch {self.host_version}: training starts without the MM-TS loss (found "
                 f"{type(loss).__name__}); a seam was bypassed. See: mmts doctor"
             )
+        if not any(
+            weight.requires_grad and name.rpartition(".")[2] not in ("logit_scale", "logit_bias")
+            for name, weight in model.named_parameters()
+        ):
+            raise ConfigError(_NOTHING_TRAINED)
+        if self._unwritten is not None:
+            (folder, values), self._unwritten = self._unwritten, None
+            with reading(folder / FILE_NAME, "cannot be written", ConfigError):
+                write_record(folder / FILE_NAME, values)
+                _tidy(folder)
         self._args, self._log = args, log
         self._scale = _logit_scale(model)
         self._steps_per_epoch = data["train"].dataloader.num_batches // args.accum_freq
@@ -241,8 +271,8 @@ class Run:
         if torch.is_grad_enabled():  # accumulation runs every batch twice; count it once
             missed = index == self.runtime.missing
             self._meter.update(shift, missed)
-            if self._watched < _WATCHED_BATCHES and self.lookup is not None:
-                self._watch(tokens, missed)
+            if self._guard is not None:
+                self._guard.see(missed, tokens)
         return shift + self.runtime.base
 
     def batch_starts(self, *_: Any) -> None:
@@ -254,7 +284,11 @@ class Run:
         """One batch of the current accumulation group went through: log where the host logs."""
         self._batches += 1
         done, rest = divmod(self._batches, self._args.accum_freq)
-        if rest or self._args.rank != 0:
+        if rest:
+            return
+        if done == self._steps_per_epoch and self._guard is not None:
+            self._guard.conclude()
+        if self._args.rank != 0:
             return
         line_every = self._args.log_every_n_steps
         values_every = max(1, getattr(self._args, "log_metric_every_n_steps", line_every))  # 4.x: more often than lines
@@ -288,35 +322,11 @@ class Run:
         assert self.live is not None  # made after 4.x makes its loss, before it trains
         self.live.watch(image_features, text_features, temperature)
 
-    def _watch(self, tokens: Tensor, missed: Tensor) -> None:
-        """The first batches: warn below 99% of captions found, stop below 50%. Waits for the device."""
-        assert self.runtime is not None
-        assert self.table is not None
-        self._watched += 1
-        samples, misses = self._meter.samples, self._meter.misses()
-        if not misses:
-            return
-        rate = 1 - misses / samples
-        examples = "; ".join(repr(_text(row, self.tokenizer)) for row in tokens[missed][:3])
-        message = (
-            f"{misses} of the first {samples} training captions are not in {self.table.source} ({rate:.0%} found)"
-            + (f", for example {examples}" if examples else "")
-        )
-        last = self._watched == min(_WATCHED_BATCHES, self.runtime.total_steps * self._args.accum_freq)
-        if rate == 0 or (rate < 0.5 and (last or samples >= _ENOUGH_SAMPLES)):
-            raise TableError(f"{message}. Was the table made from other captions, or another column?")
-        if self.config.missing == "error":
-            raise TableError(f"{message} (--mmts-missing error)")
-        if rate < 0.99 and last:
-            logger.warning("MM-TS: %s; they get the %s shift (--mmts-missing)", message, self.config.missing)
-
     def _report(self, line: bool) -> None:
         """To the host's loggers, and as a ``line`` of its log."""
         assert self.runtime is not None
         assert self.live is not None
         values = self._meter.read(self.runtime)
-        if self.config.missing == "error" and values["hit_rate"] < 1:
-            raise TableError(f"training captions are not in {self.config.clusters} (--mmts-missing error)")
         self.live.report(values)
         if line:
             logger.info("%s", step_line(self.runtime, values))
@@ -332,11 +342,85 @@ def _refuse_unsupported(args: Any) -> None:
             "--distill-model is not supported with --loss mmts: the teacher's logits have one temperature"
         )
     if getattr(args, "genlip", False) or getattr(args, "genlap", False):
-        raise ConfigError(f"--model {args.model} is generative: it has no contrastive loss for --loss mmts to replace")
+        raise ConfigError(
+            f"--model {shown(args.model)} is generative: it has no contrastive loss for --loss mmts to replace"
+        )
     if getattr(args, "torchscript", False):
         raise ConfigError("--torchscript is not supported with --loss mmts: it takes no hooks; use --torchcompile")
     if getattr(args, "horovod", False):
         raise ConfigError("--horovod is not supported with --loss mmts; launch with torchrun")
+    if "coca" in str(args.model).lower() and getattr(args, "coca_contrastive_loss_weight", 1) == 0:
+        raise ConfigError(
+            "--coca-contrastive-loss-weight 0 leaves no contrastive loss for --loss mmts to schedule; drop one of them"
+        )
+    if args.accum_freq < 1:
+        raise ConfigError(f"--accum-freq {args.accum_freq}: it must be one or above")
+    if not (args.train_data or str(args.dataset_type).startswith("synthetic")):
+        logger.warning("MM-TS: --loss mmts changes nothing here: without --train-data this run only evaluates")
+
+
+def _beside(checkpoint: str) -> list[str]:
+    """Where the record of a checkpoint's run may lie: as written now, then as earlier versions wrote it."""
+    folder = checkpoint.rstrip("/").rpartition("/")[0]
+    above, _, name = folder.rpartition("/")
+    return [f"{place}/{FILE_NAME}" for place in ((above, folder) if name == _CHECKPOINTS else (folder,))]
+
+
+def _check_resumed(
+    checkpoint: str, own: Path, values: dict[str, Any], allow_change: bool, table: Union[ClusterTable, LargeTable, None]
+) -> None:
+    """Compare with the record of the checkpoint's run; a remote one's also with that in the local folder ``own``.
+
+    Raises:
+        ConfigError: they differ, or the checkpoint was not trained with MM-TS.
+    """
+    remote = "://" in checkpoint
+    places = _beside(checkpoint if remote else os.path.abspath(checkpoint))
+    problem = None
+    if remote:
+        try:
+            found = _fetch(places)
+        except Exception as error:  # each kind of storage has its own
+            found, problem = None, cause(error)
+        if found is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / FILE_NAME
+                copy.write_bytes(found[1])
+                check_resume(copy, values, allow_change, table, source=found[0])
+            return
+        if os.path.basename(os.path.dirname(places[0])) == own.name:
+            places += _beside(str(own.absolute() / _CHECKPOINTS / "any"))
+    existing = next((place for place in places if os.path.isfile(place)), None)
+    if existing is None and problem is not None:
+        logger.warning(
+            "MM-TS: %s",
+            one_line(
+                f"{places[0]} cannot be read ({problem}): whether the resumed run had the same settings is not checked"
+            ),
+        )
+        return
+    check_resume(existing or places[0], values, allow_change, table)
+
+
+def _fetch(places: list[str]) -> Optional[tuple[str, bytes]]:
+    """The first of these URLs that is there, and what it holds."""
+    import fsspec  # type: ignore[import-untyped]  # OpenCLIP reads the checkpoint itself with it
+
+    for place in places:
+        try:
+            with fsspec.open(place, "rb") as file:
+                return place, file.read(1 << 20)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _tidy(folder: Path) -> None:
+    """Out of the folder of checkpoints, which OpenCLIP lists, with what earlier versions wrote there."""
+    old = folder / _CHECKPOINTS
+    (old / FILE_NAME).unlink(missing_ok=True)
+    if (old / LOG_NAME).is_file() and not (folder / LOG_NAME).exists():
+        os.replace(old / LOG_NAME, folder / LOG_NAME)
 
 
 def _logit_scale(model: Any) -> Optional[Tensor]:
@@ -356,7 +440,10 @@ def _pad_id(tokenizer: Any) -> int:
 def _text(row: Tensor, tokenizer: Any) -> str:
     """A row of token ids as a caption again, as far as the tokenizer can tell."""
     ids = row.tolist()
-    if hasattr(tokenizer, "tokenizer"):
-        return str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
-    end = ids.index(tokenizer.eot_token_id) if tokenizer.eot_token_id in ids else len(ids)
-    return str(tokenizer.decode(ids[1:end])).strip()
+    try:
+        if hasattr(tokenizer, "tokenizer"):
+            return str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+        end = ids.index(tokenizer.eot_token_id) if tokenizer.eot_token_id in ids else len(ids)
+        return str(tokenizer.decode(ids[1:end])).strip()
+    except Exception:  # somebody's own tokenizer: the message must not fail over its example
+        return f"tokens {ids}"

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree
-from ..errors import ConfigError, SeamError, TableError
+from ..errors import ConfigError, SeamError, TableError, reading
 from ..functional import rank_info_nce
+from ..hits import HitGuard, judge
 from ..live import Live, Meter, step_line
 from ..lookup import KeyLookup
 from ..losses import MaxMarginLoss
@@ -35,7 +36,6 @@ LABEL_SMOOTHING = 0.1
 
 _TEMPERATURE = "contra_temp"
 _LOG_EVERY = 50  # steps; where VAST's loop logs its losses
-_WATCHED_BATCHES = 8
 
 
 class Variant(NamedTuple):
@@ -108,17 +108,28 @@ class Run:
         if many and not any(many.values()):
             raise ConfigError(f"no task of this run is retrieval (ret%...): {', '.join(many)}; leave --loss mmts out")
         self._log = log
-        self._watched = _WATCHED_BATCHES
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        device = next(model.parameters()).device
+        self._guard: Optional[HitGuard] = None
         for name, loader in loaders.items():
             annotations = getattr(loader.dataset, "annos", None)
             if many[name] and isinstance(annotations, list):
                 self._check_annotations(name, annotations)
-                self._watched = 0
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+            elif many[name] and self.table is not None:  # unknown before training: the batches tell
+                self._guard = HitGuard(
+                    "training samples",
+                    self.table.source,
+                    self.config.missing,
+                    str,
+                    self._warn,
+                    device,
+                    rank,
+                    world_size,
+                )
         table_hash = self.table.content_hash if self.table else None
         values = record(self.config, total, table_hash, self.variant.name, self.host_version)
         if world_size > 1:
-            check_ranks_agree(values, rank, world_size, next(model.parameters()).device)
+            check_ranks_agree(values, rank, world_size, device)
         path = os.path.join(run_cfg.output_dir, "log", FILE_NAME)
         if first_step > 0:
             check_resume(path, values, self.allow_change, self.table)
@@ -130,10 +141,12 @@ class Run:
         self._most_forwards = max(many.values(), default=1)
         self._every_step = all(many.values())
         self._meter = Meter()
-        self._seen = 0
         self.live = Live(self.runtime, path=Path(path).parent / LOG_NAME, rank=rank, world_size=world_size)
-        self._examples: list[str] = []
         self._log.info("MM-TS: %s", self.runtime.describe())
+        for warning in self.runtime.warnings():
+            self._warn(warning)
+        if first_step >= total:
+            self._warn(f"{first_step} of {total} steps are done: nothing is trained")
         if self.table is not None:
             self._log.info(
                 "MM-TS: %s: %d %ss in %d clusters, %d samples, hash %s",
@@ -145,7 +158,8 @@ class Run:
                 self.table.content_hash,
             )
         if rank == 0:
-            write_record(path, values)
+            with reading(path, "cannot be written", ConfigError):
+                write_record(path, values)
 
     def _check_annotations(self, name: str, annotations: Sequence[Mapping[str, Any]]) -> None:
         """Every training annotation is known before the first step, and so is what the table lacks."""
@@ -158,13 +172,21 @@ class Run:
             keys.append((caption, clip))
         if self.lookup is None:
             return
+        assert self.table is not None
         column = 0 if self.config.key == "caption" else 1
         absent = [pair[column] for pair, index in zip(keys, self._find(keys, column)) if index == self.lookup.missing]
         hint = ""
         if len(absent) == len(keys) and (self._find(keys, 1 - column) != self.lookup.missing).any():
             other = "id" if column == 0 else "caption"
             hint = f" Its keys are {other}s: add --mmts-key {other}."
-        self._judge(f"{name}: ", len(absent), len(keys), list(dict.fromkeys(absent)), hint)
+        what, table = f"{len(keys)} training samples of {name}", self.table.source
+        examples, key = list(dict.fromkeys(absent)), self.config.key or "caption"
+        warning = judge(len(absent), len(keys), what, table, self.config.missing, examples, key, hint)
+        if warning is not None:
+            self._warn(warning)
+
+    def _warn(self, warning: str) -> None:
+        self._log.warning("MM-TS: %s", warning)
 
     def _find(self, keys: Iterable[tuple[str, str]], column: int) -> np.ndarray:
         assert self.lookup is not None
@@ -177,23 +199,6 @@ class Run:
             f"{where} has {len(captions)} captions, but {self.variant.name}'s training loss pairs a clip with one; "
             "write an annotation of its own for each caption"
         )
-
-    def _judge(self, where: str, misses: int, total: int, examples: Sequence[str], hint: str = "") -> None:
-        """Warn below 99% of samples found; stop below 50%, or at the first miss where the user said so."""
-        if not misses:
-            return
-        assert self.table is not None
-        rate = 1 - misses / total
-        message = (
-            f"{where}{misses} of {total} training samples are not in {self.table.source} ({rate:.0%} found by "
-            f"{self.config.key}), for example {'; '.join(map(repr, examples[:3]))}"
-        )
-        if rate < 0.5:
-            raise TableError(f"{message}.{hint} Was the table made from other annotations?")
-        if self.config.missing == "error":
-            raise TableError(f"{message} (--mmts-missing error)")
-        if rate < 0.99:
-            self._log.warning("MM-TS: %s; they get the %s shift (--mmts-missing)", message, self.config.missing)
 
     # -- every step -------------------------------------------------------------------------------------------------
 
@@ -212,6 +217,8 @@ class Run:
             )
         if step % _LOG_EVERY == 0 or step == 1:
             self._report()
+        if step >= self.runtime.total_steps and self._guard is not None:
+            self._guard.conclude()
         self.runtime.step = step
         self._forwards = 0
 
@@ -284,19 +291,11 @@ class Run:
         else:
             keys = captions if self.config.key == "caption" else [str(clip) for clip in batch["ids"]]
             index = self.lookup(keys)
-            self._watch(keys, index == self.lookup.missing)
+            if self._guard is not None:
+                self._guard.see(torch.from_numpy(index == self.lookup.missing), keys)
         shift = self.runtime.shift(torch.from_numpy(index))
         self._meter.update(shift, torch.from_numpy(index == self.runtime.missing))
         return (shift + self.runtime.base).float()
-
-    def _watch(self, keys: Sequence[str], missed: np.ndarray) -> None:
-        """Judges the first batches of a data set whose annotations could not be read before training."""
-        if self._watched:
-            self._watched -= 1
-            self._seen += len(keys)
-            self._examples += [key for key, miss in zip(keys, missed) if miss]
-            if not self._watched or len(self._examples) == self._seen:
-                self._judge("", len(self._examples), self._seen, self._examples)
 
     def _report(self) -> None:
         """A line where VAST logs its losses, and after the first step; on the samples since the last one."""

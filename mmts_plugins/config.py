@@ -474,17 +474,20 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: bool, table: Any = None) -> None:
-    """Compare this run's record with the one beside the checkpoint it resumes.
+def check_resume(
+    saved_path: PathLike, values: dict[str, Any], allow_change: bool, table: Any = None, source: str = ""
+) -> None:
+    """Compare this run's record with the one of the checkpoint it resumes.
 
     Args:
         table: the run's, which knows its hash of format 1 too: a run recorded with that goes on.
+        source: where the file is a copy, what it was copied from.
 
     Raises:
         ConfigError: naming every field that differs, unless ``allow_change``.
     """
     if not Path(saved_path).exists():
-        problem = f"{saved_path} does not exist: the checkpoint was not trained with MM-TS"
+        problem = f"{source or saved_path} does not exist: the checkpoint was not trained with MM-TS"
     else:
         saved = read_record(saved_path)
         different = [
@@ -496,7 +499,7 @@ def check_resume(saved_path: PathLike, values: dict[str, Any], allow_change: boo
         ]
         if not different:
             return
-        problem = f"{saved_path}: the resumed run differs: " + "; ".join(different)
+        problem = f"{source or saved_path}: the resumed run differs: " + "; ".join(different)
     if not allow_change:
         raise ConfigError(problem + ". Go on anyway with --mmts-allow-config-change")
     logger.warning("MM-TS: %s (allowed by --mmts-allow-config-change)", problem)

@@ -6,7 +6,9 @@ Nothing here waits for the device outside the steps that it reports.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
@@ -17,9 +19,12 @@ from torch import Tensor
 
 from .config import THIRDS
 from .distributed import gather_rows
+from .errors import cause, one_line
 from .functional import full_precision
 from .presets import INFONCE
 from .runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 256  # anchors at a time: two blocks of similarities are all the memory that a measurement takes
 _UNIFORMITY_ROWS = 1024
@@ -123,10 +128,6 @@ class Meter:
         self._stats = new
         self.samples += len(shift)
 
-    def misses(self) -> int:
-        """Waits for the device."""
-        return int(self._stats[3].item())
-
     def read(self, runtime: Runtime) -> dict[str, float]:
         """The values to show; waits for the device, once, then starts anew. Temperatures are those of now."""
         total, low, high, misses = torch.stack([value.to(self._stats[0].dtype) for value in self._stats]).tolist()
@@ -148,6 +149,16 @@ class Meter:
         return values
 
 
+def _append(path: Path, line: str) -> None:
+    """On a line of its own, even where a killed run or a full disk left half a line at the end."""
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode() + b"\n")
+
+
 def step_line(runtime: Runtime, values: dict[str, float]) -> str:
     """What :meth:`Meter.read` found, as a line of a host's log."""
     shown = {name: f"{value:.4f}" for name, value in values.items()}
@@ -165,7 +176,7 @@ class Live:
         runtime: of the run.
         log: ``log(values, step)`` writes to the host's loggers; called on the first rank only.
         path: of ``mmts.jsonl``, one JSON object per line; ``None`` writes none. A resumed run goes on in it: what it
-            says of a step again counts.
+            says of a step again counts. Where it cannot be written (disk full), training goes on after one warning.
         rank, world_size: of this process.
     """
 
@@ -180,6 +191,7 @@ class Live:
         self._runtime, self._log, self._path = runtime, log, path
         self._rank, self._world_size = rank, world_size
         self._measured = -1
+        self._lost = 0
 
     def report(self, values: dict[str, float]) -> None:
         """Show values of the current step. Numbers that are not finite are left out of the file."""
@@ -191,8 +203,19 @@ class Live:
         if self._path is not None:
             known = {name: round(value, 8) for name, value in values.items() if math.isfinite(value)}
             line = json.dumps({"step": step, "total_steps": self._runtime.total_steps, **known})
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                _append(self._path, line)
+            except OSError as error:
+                self._lost += 1
+                if self._lost == 1:
+                    logger.warning("%s", one_line(
+                        f"MM-TS: {self._path}: cannot be written: {cause(error)}. Training goes on; the values from "
+                        f"step {step} on are missing there until it can"
+                    ))  # fmt: skip
+            else:
+                if self._lost:
+                    logger.warning("MM-TS: %s: written again; %d lines are missing", self._path, self._lost)
+                self._lost = 0
 
     def watch(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> None:
         """Where the loss is: every ``diagnostics_every`` steps, measure the batch. Then every rank must call.

@@ -47,10 +47,12 @@ class Runtime:
             shifts = np.full(len(frequencies), middle)
             self.mean_shift = self.head_shift = self.mid_shift = self.tail_shift = middle
             self._third_borders = (math.inf, middle)
+            self._one_frequency = False
         else:
             # Minimum and maximum over the whole table (Eq. 6), also over keys that a tokenizer merged away. Shifts are
             # linear in the frequency, so the mean shift is that of the mean frequency.
             about = table.summary
+            self._one_frequency = bool(about.low == about.high)
             borders = np.minimum([about.head_from, about.middle_from], about.high)
             extra = np.array([*borders, about.low, about.high, about.mean, about.head, about.middle, about.tail])
             every = cluster_shift(np.concatenate([frequencies, extra]), config.shift_min, config.shift_max)
@@ -85,6 +87,22 @@ class Runtime:
         head_from, middle_from = self._third_borders
         nearly = _SAME * (self.config.shift_max - self.config.shift_min)
         return (shift < head_from - nearly).long() + (shift < middle_from - nearly)
+
+    def warnings(self) -> list[str]:
+        """Where a schedule was asked for that hardly moves, or shifts that do not differ."""
+        config, period, found = self.config, self.schedule.period, []
+        if self.schedule.alpha and period < 2:
+            found.append(f"a period of {period:g} steps: fewer than two steps see no cosine")
+        elif self.schedule.alpha and self.total_steps < period / 2:
+            found.append(f"the run of {self.total_steps} steps sees {self.total_steps / period:.1%} of a period")
+        if found:
+            found[0] += " (--mmts-period, --mmts-num-oscillations)"
+        if self._one_frequency:
+            found.append(f"the table knows one frequency: every sample has the shift {self.mean_shift:g}")
+        alike = config.no_shifts or self._one_frequency or config.shift_min == config.shift_max
+        if self.schedule.alpha == 0 and alike:
+            found.append(f"nothing is scheduled: every sample gets {self.mean_shift:g} at every step")
+        return found
 
     def describe(self) -> str:
         """The banner: what runs, in one line."""

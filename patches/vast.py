@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
 from ..config import LOSSES, flag_parser, split_flags
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..registry import hookimpl
 from ._target import Host, Seam, Wrapper
 
@@ -57,8 +58,16 @@ def _get_args(name: str, original: Callable[[], Any]) -> Any:
     host.tell_wrappers()
     sys.argv[1:] = rest
     args = original()
+    _warn_if_only_evaluated(args.run_cfg)
     _run = run
     return args
+
+
+def _warn_if_only_evaluated(run_cfg: Any) -> None:
+    mode = getattr(run_cfg, "mode", "training")
+    why = "--zero_shot" if getattr(run_cfg, "zero_shot", False) else "" if mode == "training" else f"--mode {mode}"
+    if why and os.environ.get("RANK", "0") == "0":
+        print(one_line(f"MM-TS: warning: --loss mmts changes nothing here: {why} trains nothing"), flush=True)
 
 
 def _is_vasts_own(flags: dict[str, Any]) -> bool:

@@ -6,19 +6,35 @@ A child has run nothing yet: the server imports what the plugin imports in train
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "mmts_plugins.adapters.vast"])
+if multiprocessing.parent_process() is not None:  # our parent's server has other modules loaded: start one of our own
+    multiprocessing.forkserver._forkserver.__init__()  # type: ignore[attr-defined,misc]
+context = multiprocessing.get_context("forkserver")
+_loaded = ["torch", "torch.distributed", "torch.nn.parallel", "mmts_plugins.adapters.vast", "hypothesis", "pytest"]
+
+
+def preload(*modules: str) -> None:
+    """Have the server import these too; of use only where a test module is imported, before the server starts."""
+    _loaded.extend(modules)
+    context.set_forkserver_preload(list(_loaded))
+
+
+preload()
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _become(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    handle = os.open(output, os.O_WRONLY)
+    handle = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.environ.update(environment)
@@ -48,15 +64,54 @@ def _become(arguments: list[str], environment: dict[str, str], output: str) -> N
     os._exit(int(code or 0))  # type: ignore[call-overload]
 
 
-def run_forked(*arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python ARGUMENTS``; output as text, errors merged in."""
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+def one_rank(rank: int = 0, ranks: int = 1, port: int = 0) -> dict[str, str]:
+    """What a launcher sets."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        **where,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_forked(
+    *arguments: object, ranks: int = 0, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS``, or that many ranks of it; output as text, errors merged in.
+
+    The first rank that fails takes the others with it, as under a launcher.
+    """
+    given = [str(argument) for argument in arguments]
+    port = free_port()
     with tempfile.NamedTemporaryFile(suffix=".txt") as output:
-        child = _context.Process(target=_become, args=([str(a) for a in arguments], environment, output.name))
-        child.start()
-        child.join(timeout)
-        if child.exitcode is None:
+        children = []
+        for rank in range(max(1, ranks)):
+            variables = {**environment, **(one_rank(rank, ranks, port) if ranks else {})}
+            children.append(context.Process(target=_become, args=(given, variables, output.name)))
+            children[-1].start()
+        deadline, code = time.monotonic() + timeout, 0
+        while running := [child for child in children if child.exitcode is None]:
+            if not code and any(child.exitcode for child in children):
+                deadline = time.monotonic() + 10  # the others may have as much to say
+            code = next((child.exitcode for child in children if child.exitcode), 0)
+            if time.monotonic() > deadline:
+                break
+            multiprocessing.connection.wait([child.sentinel for child in running], 0.5)
+        code = next((child.exitcode for child in children if child.exitcode), 0)
+        late = not code and any(child.exitcode is None for child in children)
+        for child in children:
             child.kill()
             child.join()
-            raise subprocess.TimeoutExpired([str(a) for a in arguments], timeout, Path(output.name).read_text())
-        return subprocess.CompletedProcess(list(arguments), child.exitcode, Path(output.name).read_text())
+        text = Path(output.name).read_text()
+        if late:
+            raise subprocess.TimeoutExpired(given, timeout, text)
+        return subprocess.CompletedProcess(given, code, text)

@@ -53,3 +53,5 @@ Run.begin_epoch = dying
 torch.set_num_threads(1)
 main(arguments)
 np.savez(f"{target}-{rank}.npz", **records)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # OpenCLIP leaves it, and gloo's threads may then abort at exit

@@ -120,3 +120,5 @@ torch.set_num_threads(1)
 sys.argv[0] = os.environ["TEST_SCRIPT"]
 runpy.run_path(sys.argv[0], run_name="__main__")
 finish()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # VAST leaves it, and gloo's threads may then abort at exit

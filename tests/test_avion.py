@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import json
@@ -21,8 +22,9 @@ import pytest
 import reference
 import torch
 from conftest import REPOSITORY, run_python
+from forked import run_forked
 
-from mmts_plugins.adapters.avion import Run, authors_flags, count_classes, load_classes
+from mmts_plugins.adapters.avion import Run, authors_flags, count_classes, load_classes, narrations
 from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
 from mmts_plugins.config import split_flags
 from mmts_plugins.errors import MMTSError, SeamError, TableError
@@ -37,6 +39,11 @@ COLUMNS = [*HEADER.split(), "narration", "verb", "verb_class", "noun", "noun_cla
 CLASSES = [(0, 2)] * 9 + [(1, 2)] * 4 + [(2, 2)] * 2 + [(0, 1)] * 3 + [(2, 0)] * 2 + [(3, 3)] * 2 + [(4, 8), (3, 12)]
 
 NARRATIONS = sorted({f"{'abcde'[verb]} {noun}" for verb, noun in CLASSES})
+_spec = importlib.util.spec_from_file_location("tokenizer", STAND_IN / "avion" / "data" / "tokenizer.py")
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+tokenize = _module.tokenize
+
 FEW = "class_id,count\n0,3\n1,2\n2,9\n3,2\n8,1\n"
 
 
@@ -77,36 +84,36 @@ def read(record: Path, ranks: int):
 def run_stand_in(folder: Path, metadata: Path, name: str, *flags: object, ranks: int = 0, code: int = 0, **more):
     made = overlay(folder, STAND_IN)
     install, script = more.pop("install", True), more.pop("script", SCRIPT)
+    launched = more.pop("launched", False)
     validation = ("--val-metadata", metadata) if script == SCRIPT else ()
-    done = run_python(
-        *((*TORCHRUN, ranks) if ranks else ()),
-        made / "scripts" / script,
-        *("--train-metadata", metadata, *validation, "--output-dir", folder / "out" / name, *flags),
-        **environment(
-            folder / name,
-            STAND_IN / "scripts" / script,
-            install,
-            PYTHONPATH=f"{REPOSITORY}{os.pathsep}{made}",
-            **more,
-        ),
-    )
+    given = ("--train-metadata", metadata, *validation, "--output-dir", folder / "out" / name, *flags)
+    paths = f"{REPOSITORY}{os.pathsep}{made}"
+    variables = environment(folder / name, STAND_IN / "scripts" / script, install, PYTHONPATH=paths, **more)
+    if launched:
+        done = run_python(*TORCHRUN, ranks, made / "scripts" / script, *given, **variables)
+    elif install and "TEST_WORKERS" not in more:
+        done = run_forked(made / "scripts" / script, *given, ranks=ranks, **variables)
+    else:  # where no start-up file ran either
+        done = run_python(made / "scripts" / script, *given, **variables)
     assert (done.returncode == 0) == (code == 0), done.stdout[-3000:]
     return done.stdout, read(folder / name, max(1, ranks))
 
 
 def check(
-    ranks, frequency, frequencies, total, loss="max_margin", alpha=0.2, shift_min=0.17, shift_max=0.3, first=0
+    ranks, frequency, frequencies, total, loss="max_margin", alpha=0.2, shift_min=0.17, shift_max=0.3, steps=None
 ) -> float:
     """The greatest difference of any rank's loss at any step from the paper's words, relative where it is above 1.
 
-    ``frequency(verb, noun, caption)`` is a sample's, ``frequencies`` those of the whole table.
+    ``frequency(verb, noun, caption)`` is a sample's, ``frequencies`` those of the whole table. ``steps`` are recorded,
+    all ``total`` of them where they are not given.
     """
+    assert [len(rank["loss"]) for rank in ranks] == [total if steps is None else steps] * len(ranks)
     worst = 0.0
     for call in range(len(ranks[0]["loss"])):
         images, texts = (torch.from_numpy(np.concatenate([r[n][call] for r in ranks])) for n in ("image", "text"))
         images, texts = torch.nn.functional.normalize(images), torch.nn.functional.normalize(texts)
         own = [frequency(*of) for r in ranks for of in zip(r["verb"][call], r["noun"][call], r["caption"][call])]
-        tau = reference.temperature(own, list(frequencies), alpha, shift_min, shift_max, first + call, total / 5)
+        tau = reference.temperature(own, list(frequencies), alpha, shift_min, shift_max, call, total / 5)
         expected = float(getattr(reference, loss)(images, texts, torch.from_numpy(tau)))
         worst = max(worst, *(abs(r["loss"][call] - expected) / max(1.0, expected) for r in ranks))
     return worst
@@ -133,7 +140,6 @@ def counts_of(classes, distribution):
 def test_every_step_equals_the_reference(distribution, loss, metadata, tmp_path):
     flags = ["--loss", loss] + (["--mmts-distribution", distribution] if distribution != "noun" else [])
     output, ranks = run_stand_in(tmp_path, metadata, "run", *flags, "--print-freq", 1)
-    assert len(ranks[0]["loss"]) == 12
     preset = ("info_nce", 0.08, 0.05, 0.20) if loss == "mmts-infonce" else ()
     assert check_classes(ranks, distribution, counts_of(CLASSES, distribution), 12, *preset) < 1e-6
     banner = "MM-TS: mmts-max-margin: alpha 0.2 over 12 steps, period 2.4; shifts 0.17 to 0.3"
@@ -163,7 +169,7 @@ def test_the_drawn_caption_counts(metadata, tmp_path):
 
 def test_two_ranks_killed_and_resumed(metadata, tmp_path):
     flags = ("--loss", "mmts", "--print-freq", 1)
-    output, whole = run_stand_in(tmp_path, metadata, "whole", *flags, ranks=2)
+    output, whole = run_stand_in(tmp_path, metadata, "whole", *flags, ranks=2, launched=True)
     assert check_classes(whole, "noun", counts_of(CLASSES, "noun"), 6) < 1e-6
     assert output.count("MM-TS: mmts-max-margin") == 1
     _, first = run_stand_in(tmp_path, metadata, "cut", *flags, ranks=2, code=9, TEST_DIE_AT="3")
@@ -261,7 +267,7 @@ def test_submitted_jobs_take_our_flags_along(metadata, tmp_path):
 
 
 def plain_run(metadata, tmp_path, *flags: object, **more: str) -> subprocess.CompletedProcess:
-    return run_python(
+    return run_forked(
         *("-m", "mmts_plugins", "run", STAND_IN / "scripts" / SCRIPT, "--train-metadata", metadata),
         *("--val-metadata", metadata, "--output-dir", tmp_path / "out", *flags),
         **{"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{STAND_IN}", **more},
@@ -273,7 +279,10 @@ def plain_run(metadata, tmp_path, *flags: object, **more: str) -> subprocess.Com
     [
         (["--loss", "mmts", "--mmts-alhpa", "1"], "did you mean --mmts-alpha?"),
         (["--loss", "mmts", "--update-freq", "2"], "gradient accumulation is broken in AVION itself"),
-        (["--loss", "mmts", "--mmts-clusters", "few.csv"], "1 noun classes that few.csv does not know, for example 12"),
+        (
+            ["--loss", "mmts", "--mmts-clusters", "few.csv"],
+            "EPIC_train.csv are not in few.csv (95% found by noun class), for example '12'",
+        ),
     ],
 )
 def test_one_clear_error_before_training(flags, message, metadata, tmp_path, monkeypatch):
@@ -319,8 +328,14 @@ def begun(tmp_path, metadata, *flags, pretraining=False, **more) -> Run:
         (["--mmts-clusters", "none.csv"], "none.csv: cannot be read"),
         (["--mmts-clusters", "bad.csv"], "bad.csv, line 2: the count of class 0 is 'many'"),
         (["--mmts-clusters", "captions.parquet", "--mmts-distribution", "noun"], "captions has no classes"),
-        (["--mmts-clusters", "captions.parquet"], "19 of 24 training samples are of 6 captions"),
-        (["--mmts-clusters", "captions.parquet", "--mmts-missing", "tail"], "made from other captions or classes?"),
+        (
+            ["--mmts-clusters", "captions.parquet"],
+            "19 of 24 training samples of metadata.csv are not in captions.parquet (20% found by caption)",
+        ),
+        (
+            ["--mmts-clusters", "captions.parquet", "--mmts-missing", "tail"],
+            "made from other captions, classes or annotations?",
+        ),
     ],
 )
 def test_tables_that_do_not_fit(flags, message, metadata, tmp_path, monkeypatch):
@@ -429,6 +444,101 @@ def test_a_step_without_clock_or_classes_stops(metadata, tmp_path):
     drawn.set_step(0)
     with pytest.raises(SeamError, match="captions the model was not given"):
         drawn.loss(host, features, features)
+
+
+def test_drawn_captions_that_were_not_tried_before_training(metadata, tmp_path, capsys):
+    """Of 12,000 narrations 10,000 are tried, and the first 100 batches draw none of those."""
+    known = [f"take {i}" for i in range(12_000)]
+    ClusterTable.build(known, [0] * len(known), range(1, len(known) + 1)).save(tmp_path / "captions.parquet")
+    tried = set(np.unique(np.linspace(0, 11_999, 10_000).astype(int)).tolist())
+    texts = [name if i in tried else name.replace("take", "lose") for i, name in enumerate(known)]
+    drawn = [text for text in texts if text.startswith("lose")]
+    dataset = argparse.Namespace(
+        samples=[("v", 0.0, 1.0, text) for text in texts], metadata="m.pkl", tokenizer=tokenize
+    )
+    host = argparse.Namespace(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
+    features = torch.randn(20, 8)
+    for missing, steps, message in (
+        (
+            "error",
+            1,
+            "20 of the first 20 drawn captions are not in .* for example .*made from other captions",
+        ),
+        ("tail", 64, "1280 of the first 1280 drawn captions are not in .*made from other captions"),
+    ):
+        flags = ("--mmts-clusters", tmp_path / "captions.parquet", "--mmts-missing", missing)
+        run = begun(tmp_path, metadata, *flags, pretraining=True)
+        assert run.find(dataset) is None
+        run.prepare(500)
+        run._steps_per_epoch = 500
+        for step in range(steps):
+            run.set_step(step)
+            run.see(tokenize(drawn[20 * step :][:20]))
+            with pytest.raises(TableError, match=message) if step == steps - 1 else contextlib.nullcontext():
+                run.loss(host, features, features)
+    # The first epoch ends before so many were seen: then it is judged as it is.
+    run = begun(tmp_path, metadata, *flags, pretraining=True)
+    run.find(dataset)
+    run.prepare(10)
+    run._steps_per_epoch = 2
+    for step, captions in enumerate([known[:20], [*known[:11], *drawn[:9]]]):
+        run.set_step(step)
+        run.see(tokenize(captions))
+        run.loss(host, features, features)
+    said = "MM-TS: warning: 9 of the first 40 drawn captions are not in "
+    assert [line.split(said)[1] for line in capsys.readouterr().out.splitlines() if said in line] == [
+        f"{tmp_path}/captions.parquet (77% found), for example 'lose 5'; 'lose 11'; 'lose 17'; they get the tail shift "
+        "(--mmts-missing)"
+    ]
+
+
+def test_evaluation_alone_says_so(metadata, tmp_path, capsys):
+    begun(tmp_path, metadata, evaluate=True)
+    assert "MM-TS: warning: --loss mmts changes nothing here: --evaluate trains nothing" in capsys.readouterr().out
+    run = begun(tmp_path, metadata, start_epoch=2)
+    run.prepare(12)
+    assert "MM-TS: warning: 2 of --epochs 2 are done: nothing is trained" in capsys.readouterr().out
+
+
+def test_a_narration_of_several_classes_counts_as_its_commonest(metadata, tmp_path):
+    rows = [("stir", 0, 5)] * 3 + [("stir", 0, 7)] * 2 + [("cut", 1, 7)] * 9
+    with metadata.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["narration", "verb_class", "noun_class"])
+        writer.writerows(sorted(rows, key=lambda row: -row[2]))  # the other class comes first
+    table = narrations(str(metadata), "noun", count_classes(str(metadata), "noun"))
+    found = dict(zip(table.keys.to_pylist(), zip(table.frequency.tolist(), table.count.tolist())))
+    assert found == {"cut": (11, 9), "stir": (3, 5)}
+
+
+BAD_COUNTS = {
+    "1e3": "'1e3': not a whole number",
+    "1_000": "'1_000': not a whole number",
+    "9" * 5000: "not a whole number",
+    "9" * 16: "not a whole number",
+    "-3": "'-3': not a whole number",
+    "": "'': not a whole number",
+    "0": "class 7 has the count 0",
+}
+
+
+@pytest.mark.parametrize(("count", "message"), BAD_COUNTS.items(), ids=[name[:9] for name in BAD_COUNTS])
+def test_counts_that_are_none(count, message, tmp_path):
+    path = tmp_path / "counts.csv"
+    path.write_text(f"class_id,count\n7,{count}\n8,3\n")
+    with pytest.raises(TableError, match=re.escape(message)) as stopped:
+        load_classes(str(path))
+    assert len(str(stopped.value)) < 500
+
+
+def test_counts_as_a_spreadsheet_saves_them(tmp_path):
+    path = tmp_path / "counts.csv"
+    path.write_text("class_id,count,note\r\n7, 4 ,x,y\r\n8,3\r\n", encoding="utf-8-sig", newline="")
+    table = load_classes(str(path))
+    assert dict(zip(table.keys.to_pylist(), table.frequency.tolist())) == {"7": 4, "8": 3}
+    path.write_text("class_id,count\n,4\n8,3\n")
+    with pytest.raises(TableError, match="line 2: no class_id"):
+        load_classes(str(path))
 
 
 def test_half_precision_features(metadata, tmp_path):

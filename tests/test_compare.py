@@ -300,8 +300,8 @@ def test_openclip_end_to_end(tmp_path: Path, data: Any, small_model: str) -> Non
     done = run_python("-m", "mmts_plugins", "compare", tmp_path / "plan.yaml", "-o", tmp_path / "out", timeout=600)
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert (tmp_path / "out" / "runs" / "TS-ICS-seed0" / "checkpoints" / "mmts.yaml").exists()
-    assert not (tmp_path / "out" / "runs" / "plain-seed0" / "checkpoints" / "mmts.yaml").exists()
+    assert (tmp_path / "out" / "runs" / "TS-ICS-seed0" / "mmts.yaml").exists()
+    assert not (tmp_path / "out" / "runs" / "plain-seed0" / "mmts.yaml").exists()
     recall = [found["metrics"][name]["text_to_image_R@10"] for name in ("plain", "TS&ICS")]
     assert all(0 <= groups[group]["mean"] <= 1 for groups in recall for group in ("all", "head", "mid", "tail"))
     assert found["runs"]["plain-seed0"]["status"] == "finished"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mmts_plugins.functional import info_nce, max_margin
 from mmts_plugins.live import Live, Meter, batch_statistics
 from mmts_plugins.presets import INFONCE, MAX_MARGIN
 from mmts_plugins.runtime import Runtime
+from mmts_plugins.schedule import CosineSchedule
 
 PRESETS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
 
@@ -112,20 +114,68 @@ def test_thirds_are_told_by_the_shift():
 
 
 def test_meter_reads_what_was_seen_and_starts_anew():
+    # Frequencies 90, 30 and 3 of three samples each: under clip-cc3m 0.10, 0.05 + 27/87 * 0.05 and 0.05.
     run, meter = runtime(), Meter()
     run.step = 30
+    base, middle = 0.02 * math.cos(2 * math.pi * 30 / 20), 0.05 + 0.05 * 27 / 87
     shift = run.shift(torch.tensor([2, 1, 0, 3]))
     meter.update(shift[:2], torch.tensor([False, False]))
     meter.update(shift[2:], torch.tensor([False, True]))
-    assert meter.misses() == 1
-    values = meter.read(run)
-    assert values["hit_rate"] == 0.75
-    for name, expected in (("mean", shift.mean()), ("min", shift.min()), ("max", shift.max())):
-        assert values[f"tau_{name}"] == pytest.approx(run.base + expected.item())
-    assert values["scale_mean"] == pytest.approx(1 / values["tau_mean"])
-    assert values["tau_head"] > values["tau_mid"] > values["tau_tail"]
+    assert base == -0.02
+    assert meter.read(run) == pytest.approx(
+        {
+            "tau_base": base,
+            "tau_mean": base + (0.10 + middle + 0.05 + 0.05) / 4,
+            "tau_min": base + 0.05,
+            "tau_max": base + 0.10,
+            "tau_head": base + 0.10,
+            "tau_mid": base + middle,
+            "tau_tail": base + 0.05,
+            "hit_rate": 0.75,
+            "phase": 0.5,
+            "scale_mean": 1 / (base + (0.10 + middle + 0.05 + 0.05) / 4),
+        },
+        abs=1e-12,
+    )
     meter.update(shift[:1], torch.tensor([False]))
-    assert meter.read(run)["hit_rate"] == 1
+    again = meter.read(run)
+    assert again["hit_rate"] == 1
+    of_now = {"mean": 0.10, "min": 0.10, "max": 0.10, "head": 0.10, "mid": middle, "tail": 0.05}
+    assert {name: again[f"tau_{name}"] - base for name in of_now} == pytest.approx(of_now, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"), [("tail", 0.05), ("error", 0.05), ("mean", (0.10 + 0.05 + 27 / 87 * 0.05 + 0.05) / 3)]
+)
+def test_what_an_absent_caption_gets(missing, expected):
+    run = runtime(mmts_missing=missing)
+    assert run.shift(torch.tensor([run.missing])).item() == pytest.approx(expected, abs=1e-12)
+    assert run.mean_shift == pytest.approx((0.10 + 0.05 + 27 / 87 * 0.05 + 0.05) / 3, abs=1e-12)
+
+
+def test_schedule_at_known_steps():
+    schedule = CosineSchedule(0.04, 20)
+    assert [schedule.phase(step) for step in (0, 5, 10, 15, 20, 25)] == [0, 0.25, 0.5, 0.75, 0, 0.25]
+    offsets = [schedule.offset(step) for step in (0, 5, 10, 15, 20, 40)]
+    assert offsets == pytest.approx([0.02, 0, -0.02, 0, 0.02, 0.02], abs=1e-15)
+
+
+@pytest.mark.parametrize("step", [0, 10, 5])
+def test_thirds_are_told_at_any_base(step, tmp_path):
+    """Losses of head, middle and tail, each of anchors that differ."""
+    run = runtime(mmts_diagnostics_every=5)
+    run.step = step
+    assert run.base == pytest.approx(0.02 * math.cos(2 * math.pi * step / 20))
+    images, texts = features(9, seed=3)
+    temperature = run.shift(torch.tensor([2, 2, 2, 1, 1, 1, 0, 0, 3])) + run.base
+    Live(run, None, tmp_path / "mmts.jsonl").watch(images, texts, temperature)
+    found = json.loads((tmp_path / "mmts.jsonl").read_text())
+    logits = images @ texts.T / temperature[:, None]
+    columns = texts @ images.T / temperature[:, None]
+    each = sum(F.cross_entropy(rows, torch.arange(9), reduction="none") for rows in (logits, columns)) / 2
+    for name, rows in (("head", slice(0, 3)), ("mid", slice(3, 6)), ("tail", slice(6, 9))):
+        assert found[f"loss_{name}"] == pytest.approx(each[rows].mean().item(), abs=1e-7)
+    assert len({round(found[f"loss_{name}"], 4) for name in ("head", "mid", "tail")}) == 3
 
 
 def test_reports_go_to_the_log_and_the_file(tmp_path):
@@ -153,3 +203,65 @@ def test_other_ranks_are_quiet_and_zero_measures_nothing(tmp_path):
     off = runtime(mmts_diagnostics_every=0)
     Live(off, None, tmp_path / "off.jsonl").watch(*features(9), torch.full((9,), 0.1))
     assert not list(tmp_path.iterdir())
+
+
+def written(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_torn_line_swallows_nothing(tmp_path):
+    """A killed run leaves half a line, or none at all, or one without its end."""
+    path, run = tmp_path / "mmts.jsonl", runtime()
+    line = '{"step": 7, "total_steps": 100, "tau_base": 0.25}'
+    for left in ("", line + "\n", line, line[:20], line + "\n" + line[:-1]):
+        path.write_text(left)
+        Live(run, None, path).report({"tau_base": 0.5})
+        Live(run, None, path).report({"tau_base": 0.75})
+        lines = path.read_text().splitlines()
+        assert [json.loads(each)["tau_base"] for each in lines[-2:]] == [0.5, 0.75]
+        assert lines[:-2] == left.splitlines()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    path, run, shown = tmp_path / "mmts.jsonl", runtime(), []
+    live = Live(run, lambda values, step: shown.append(step), path)
+    live.report({"tau_base": 0.1})
+    path.rename(tmp_path / "kept")
+    path.mkdir()  # stands for a full or read-only disk, which the superuser of a test machine does not meet
+    for run.step in (1, 2, 3):
+        live.report({"tau_base": 0.1})
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        f"MM-TS: {path}: cannot be written: Is a directory. Training goes on; the values from step 1"
+    )
+    path.rmdir()
+    for run.step in (4, 5):
+        live.report({"tau_base": 0.1})
+    assert caplog.messages[1:] == [f"MM-TS: {path}: written again; 3 lines are missing"]
+    assert shown == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in written(path)] == [4, 5]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk(tmp_path, caplog):
+    (tmp_path / "mmts.jsonl").symlink_to("/dev/full")
+    Live(runtime(), None, tmp_path / "mmts.jsonl").report({"tau_base": 0.1})
+    assert "cannot be written: No space left on device" in caplog.text
+
+
+def test_schedules_that_hardly_move_are_told():
+    def said(**flags) -> list[str]:
+        return runtime(**flags).warnings()
+
+    assert said() == said(mmts_period=2) == said(mmts_period=200) == said(mmts_alpha=0, mmts_period=1) == []
+    names = " (--mmts-period, --mmts-num-oscillations)"
+    assert said(mmts_num_oscillations=100) == [f"a period of 1 steps: fewer than two steps see no cosine{names}"]
+    assert said(mmts_period=400) == [f"the run of 100 steps sees 25.0% of a period{names}"]
+    still = "nothing is scheduled: every sample gets 0.075 at every step"
+    assert said(mmts_no_shifts=True) == said(mmts_no_schedule=True) == []
+    assert said(mmts_no_shifts=True, mmts_no_schedule=True) == said(mmts_no_shifts=True, mmts_alpha=0) == [still]
+    assert said(mmts_alpha=0, mmts_shift_min=0.075, mmts_shift_max=0.075) == [still]
+    alike = ClusterTable.build(["a", "b"], [0, 1], [5, 5])
+    given = resolve({"loss": INFONCE, "mmts_clusters": "t"}, INFONCE, PRESETS)
+    run = Runtime(given, alike, np.array([5.0]), 100, torch.device("cpu"))
+    assert run.warnings() == ["the table knows one frequency: every sample has the shift 0.075"]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import tarfile
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +25,7 @@ import open_clip
 import yaml
 from open_clip_train.main import main
 
-from mmts_plugins.adapters.openclip import Run, ScheduledLoss
+from mmts_plugins.adapters.openclip import Run, ScheduledLoss, _check_resumed, _pad_id, _text
 from mmts_plugins.errors import ConfigError, MMTSError, SeamError, TableError
 
 ALPHA, LOW, HIGH, OSCILLATIONS = 0.04, 0.05, 0.10, 5  # clip-cc3m, the default
@@ -49,6 +54,7 @@ class Recorder:
                     "image": image_features.detach().double(),
                     "text": text_features.detach().double(),
                     "scale": float(logit_scale.detach()),
+                    "temperature": kwargs["mmts_temperature"],
                     "loss": float(value.detach()),
                     "out": out,
                     "tokens": self._tokens[-1][1],
@@ -80,7 +86,17 @@ def frequencies_of(tokens: torch.Tensor, tokenizer, table: Path) -> list[float]:
     return [by_tokens[tuple(row.tolist())] for row in tokens]
 
 
-def check_steps(recorder: Recorder, model: str, table: Path, total: int, tolerance: float = 1e-6, weight: float = 1.0):
+def check_steps(
+    recorder: Recorder,
+    model: str,
+    table: Path,
+    total: int,
+    tolerance: float = 1e-6,
+    weight: float = 1.0,
+    steps: Optional[list[int]] = None,
+) -> None:
+    """Every loss against the reference; ``steps`` of the calls, all of the run's once where they are not given."""
+    assert recorder.steps == (list(range(total)) if steps is None else steps)
     tokenizer = open_clip.get_tokenizer(model)
     everything = pq.read_table(table)["frequency"].to_pylist()
     for call in recorder.calls:
@@ -93,6 +109,7 @@ def check_steps(recorder: Recorder, model: str, table: Path, total: int, toleran
             call["step"],
             total / OSCILLATIONS,
         )
+        np.testing.assert_allclose(call["temperature"], tau, rtol=0, atol=1e-12)
         expected = weight * reference.info_nce(call["image"], call["text"], torch.from_numpy(tau))
         assert call["loss"] == pytest.approx(float(expected), abs=tolerance)
 
@@ -105,7 +122,6 @@ def flags(model, data, logs, **changes) -> list[str]:
 def test_every_step_equals_the_reference(small_model, data, tmp_path, recorder, caplog):
     with caplog.at_level("INFO"):
         main(flags(small_model, data, tmp_path, report_to="tensorboard"))
-    assert recorder.steps == list(range(12))
     check_steps(recorder, small_model, data.table, total=12)
     assert len(set(recorder.losses)) == 12
     text = caplog.text
@@ -117,7 +133,7 @@ def test_every_step_equals_the_reference(small_model, data, tmp_path, recorder, 
     mean = np.average(shift, weights=frequency["count"])
     assert f"Logit Scale: {1 / (mean + ALPHA / 2):.3f}" in text
     assert recorder.calls[0]["scale"] == pytest.approx(1 / (mean + ALPHA / 2), rel=1e-6)
-    saved = yaml.safe_load((tmp_path / "run/checkpoints/mmts.yaml").read_text())
+    saved = yaml.safe_load((tmp_path / "run/mmts.yaml").read_text())
     assert saved["loss"] == "mmts-infonce"
     assert saved["period"] == 2.4
     assert saved["host_version"].startswith("3.")
@@ -139,7 +155,7 @@ def test_tensorboard_gets_every_value_at_the_hosts_interval(small_model, data, t
     diagnostics |= {"alignment", "uniformity", "equilibrium", "modality_gap"}
     assert names == temperatures | diagnostics | {"scale_mean", "hit_rate", "phase"}
     assert [event.step for event in events.Scalars("train/mmts/uniformity")] == [0, 5, 10]
-    lines = [json.loads(line) for line in (tmp_path / "run/checkpoints/mmts.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run/mmts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "uniformity" in line] == [0, 5, 10]
     assert [line["step"] for line in lines if "tau_base" in line] == [0, 4, 5, 6, 10, 11]
     ours = [event.step for event in events.Scalars("train/mmts/tau_base")]
@@ -200,7 +216,6 @@ def test_half_precision_features_full_precision_loss(precision, small_model, dat
 
 def test_torch_compile(small_model, data, tmp_path, recorder):
     main(flags(small_model, data, tmp_path, torchcompile=True))
-    assert recorder.steps == list(range(12))
     check_steps(recorder, small_model, data.table, total=12)
 
 
@@ -214,6 +229,14 @@ def test_accumulation_equals_the_full_batch(scheduler, small_model, data, tmp_pa
     assert recorder.steps == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     for number, call in enumerate(recorder.calls):
         assert call["loss"] == pytest.approx(full[number // 2]["loss"], abs=2e-4 if number > 1 else 1e-6)
+
+
+def test_accumulation_that_does_not_divide_an_epoch(small_model, data, tmp_path, recorder):
+    """OpenCLIP drops the last two of an epoch's six batches."""
+    main(flags(small_model, data, tmp_path, accum_freq=4, warmup=1))
+    assert recorder.steps == [0, 0, 0, 0, 1, 1, 1, 1]
+    record = yaml.safe_load((tmp_path / "run/mmts.yaml").read_text())
+    assert (record["total_steps"], record["period"]) == (2, 0.4)
 
 
 def test_synthetic_data(small_model, data, tmp_path, recorder):
@@ -232,8 +255,8 @@ def test_synthetic_data(small_model, data, tmp_path, recorder):
             mmts_clusters=table,
         )
     )
-    assert recorder.steps == list(range(16))
-    check_steps(recorder, small_model, table, total=16)
+    # One image and one caption: every loss is ln 8, from logits of which float32 has neighbours 2e-6 apart.
+    check_steps(recorder, small_model, table, total=16, tolerance=4e-6)
 
 
 def test_webdataset(small_model, data, tmp_path, recorder):
@@ -246,7 +269,6 @@ def test_webdataset(small_model, data, tmp_path, recorder):
             tar.add(text, f"{number:04}.txt")
     shards = str(tmp_path / "shard-0000.tar")
     main(flags(small_model, data, tmp_path, dataset_type="webdataset", train_data=shards, train_num_samples=48))
-    assert recorder.steps == list(range(12))
     check_steps(recorder, small_model, data.table, total=12)
 
 
@@ -276,7 +298,7 @@ def test_hugging_face_text_tower_with_its_own_tokenizer(data, tmp_path, recorder
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     tower = tmp_path / "bert"
     words = sorted({word.lower() for caption in CAPTIONS for word in caption.replace("!", " ! ").split()})
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}  # it is 3
     pieces = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate([*special.values(), *words])})
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, **special)
     fast.save_pretrained(tmp_path / "model")
@@ -292,8 +314,22 @@ def test_hugging_face_text_tower_with_its_own_tokenizer(data, tmp_path, recorder
     }
     model = write_model(tmp_path / "model", text_cfg={**text, "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"})
     main(flags(model, data, tmp_path, epochs=1))
-    assert recorder.steps == list(range(6))
     check_steps(recorder, model, data.table, total=6)
+
+
+def test_the_token_that_a_tokenizer_pads_with():
+    wrapped = types.SimpleNamespace(pad_token_id=7)
+    assert _pad_id(types.SimpleNamespace(pad_token_id=5, tokenizer=wrapped)) == 5  # 4.x says it itself
+    assert _pad_id(types.SimpleNamespace(tokenizer=wrapped)) == 7
+    assert _pad_id(types.SimpleNamespace(pad_token_id=None, tokenizer=wrapped)) == 7
+    assert _pad_id(open_clip.get_tokenizer("ViT-B-32")) == 0
+    assert _pad_id(types.SimpleNamespace(tokenizer=types.SimpleNamespace(pad_token_id=None))) == 0
+
+
+def test_examples_of_any_tokenizer():
+    clip = open_clip.get_tokenizer("ViT-B-32")
+    assert _text(clip(["Two dogs, running"])[0], clip) == "two dogs , running"
+    assert _text(torch.tensor([3, 4]), types.SimpleNamespace()) == "tokens [3, 4]"
 
 
 def test_coca_keeps_its_caption_loss(data, tmp_path, recorder):
@@ -326,6 +362,7 @@ def test_coca_keeps_its_caption_loss(data, tmp_path, recorder):
 
 def test_max_margin(small_model, data, tmp_path, recorder):
     main(flags(small_model, data, tmp_path, loss="mmts-max-margin", epochs=1))
+    assert recorder.steps == list(range(6))
     tokenizer = open_clip.get_tokenizer(small_model)
     everything = pq.read_table(data.table)["frequency"].to_pylist()
     for call in recorder.calls:
@@ -337,6 +374,7 @@ def test_max_margin(small_model, data, tmp_path, recorder):
 
 def test_ablations(small_model, data, tmp_path, recorder):
     main(flags(small_model, data, tmp_path, mmts_no_shifts=True, mmts_no_schedule=True, mmts_clusters=None, epochs=1))
+    assert recorder.steps == list(range(6))
     for call in recorder.calls:
         tau = torch.full((8,), (LOW + HIGH) / 2, dtype=torch.float64)
         assert call["loss"] == pytest.approx(float(reference.info_nce(call["image"], call["text"], tau)), abs=1e-6)
@@ -360,7 +398,6 @@ def test_resume_goes_on_with_the_schedule(small_model, data, tmp_path, recorder,
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
     main([*arguments, "--resume", "latest"])
-    assert recorder.steps == list(range(12))
     check_steps(recorder, small_model, data.table, total=12)
 
 
@@ -373,7 +410,7 @@ def test_resume_with_other_settings_is_refused(small_model, data, tmp_path, capl
     with pytest.raises(ConfigError, match=r"alpha was 0\.04 and is 0\.06"):
         main(flags(small_model, data, tmp_path, mmts_alpha=0.06, **fixed))
     main(flags(small_model, data, tmp_path, mmts_alpha=0.06, mmts_allow_config_change=True, **fixed))
-    assert yaml.safe_load((tmp_path / "run/checkpoints/mmts.yaml").read_text())["alpha"] == 0.06
+    assert yaml.safe_load((tmp_path / "run/mmts.yaml").read_text())["alpha"] == 0.06
 
 
 def test_resuming_a_plain_run_is_refused(small_model, data, tmp_path):
@@ -382,15 +419,137 @@ def test_resuming_a_plain_run_is_refused(small_model, data, tmp_path):
         main(flags(small_model, data, tmp_path, resume="latest"))
 
 
+AWS = """#!/bin/sh
+echo "$@" >> "$0.log"
+case "$1 $2" in
+  "s3 ls") ls -l "$3" | tail -n +2 ;;
+  "s3 sync") mkdir -p "$4" && cp -r "$3/." "$4" ;;
+esac
+"""
+
+
+def test_resume_of_a_run_that_is_synced_elsewhere(small_model, data, tmp_path, recorder, monkeypatch):
+    """``--resume latest --remote-sync`` takes the last name among the checkpoints for one (open_clip 319)."""
+    aws = tmp_path / "bin" / "aws"
+    aws.parent.mkdir()
+    aws.write_text(AWS)
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}{os.pathsep}{os.environ['PATH']}")
+    # OpenCLIP's own process for it outlives an interrupted run, for ever.
+    monkeypatch.setattr("open_clip_train.main.start_sync_process", lambda *_: mock.Mock())
+    arguments = flags(small_model, data, tmp_path / "here", remote_sync=tmp_path / "there", epochs=3)
+    with monkeypatch.context() as patch:
+        interrupt_before(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    subprocess.run([aws, "s3", "sync", tmp_path / "here" / "run", tmp_path / "there" / "run"], check=True)
+    assert sorted(path.name for path in (tmp_path / "there/run/checkpoints").iterdir()) == ["epoch_1.pt", "epoch_2.pt"]
+    assert (tmp_path / "there/run/mmts.yaml").is_file()
+    shutil.rmtree(tmp_path / "here")  # another machine
+    again = flags(small_model, data, tmp_path / "here", remote_sync=tmp_path / "there", epochs=3, resume="latest")
+    with pytest.raises(
+        ConfigError, match=r"there/run/mmts\.yaml: the resumed run differs: alpha was 0\.04 and is 0\.05"
+    ):
+        main([*again, "--mmts-alpha", "0.05"])
+    main(again)
+    assert "s3 ls" in (aws.parent / "aws.log").read_text()
+    check_steps(recorder, small_model, data.table, total=18)
+
+
+def test_a_remote_checkpoints_record_is_compared(small_model, data, tmp_path, recorder, monkeypatch):
+    main(flags(small_model, data, tmp_path, name="first", epochs=1, mmts_period=1.2))
+    there = f"file://{tmp_path}/first"
+    again = {"epochs": 2, "mmts_period": 1.2, "resume": f"{there}/checkpoints/epoch_1.pt"}
+    with pytest.raises(
+        ConfigError, match=rf"{there}/mmts\.yaml: the resumed run differs: alpha was 0\.04 and is 0\.05"
+    ):
+        main(flags(small_model, data, tmp_path, name="second", mmts_alpha=0.05, **again))
+    main(flags(small_model, data, tmp_path, name="third", **again))
+    assert recorder.steps == list(range(12))
+    (tmp_path / "first/mmts.yaml").unlink()
+    with pytest.raises(
+        ConfigError, match=rf"{there}/mmts\.yaml does not exist: the checkpoint was not trained with MM-TS"
+    ):
+        main(flags(small_model, data, tmp_path, name="fourth", **again))
+
+
+def resumed(checkpoint: str, own: Path, **values: object) -> None:
+    _check_resumed(checkpoint, own, {"alpha": 0.04, **values}, allow_change=False)
+
+
+def test_where_a_checkpoints_record_is_looked_for(tmp_path, caplog, monkeypatch):
+    run = tmp_path / "run"
+    old, new = run / "checkpoints" / "mmts.yaml", run / "mmts.yaml"
+    old.parent.mkdir(parents=True)
+    old.write_text("alpha: 0.01")
+    for checkpoint in (run / "checkpoints" / "epoch_1.pt", run / "checkpoints" / "epoch_1"):  # a folder under FSDP
+        with pytest.raises(ConfigError, match=r"run/checkpoints/mmts\.yaml: .* alpha was 0\.01 and is 0\.04"):
+            resumed(str(checkpoint), tmp_path)
+    new.write_text("alpha: 0.02")
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: .* alpha was 0\.02 and is 0\.04"):
+        resumed(str(run / "checkpoints" / "epoch_1.pt"), tmp_path)
+    monkeypatch.chdir(old.parent)
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: .* alpha was 0\.02"):
+        resumed("epoch_1.pt", tmp_path)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "mmts.yaml").write_text("alpha: 0.03")
+    with pytest.raises(ConfigError, match=r"moved/mmts\.yaml: .* alpha was 0\.03"):
+        resumed(str(moved / "epoch_1.pt"), tmp_path)
+    # Remote and out of reach: the local folder of the same run tells, but no other run's.
+    unreachable = "nosuch://bucket/{}/checkpoints/epoch_1.pt"
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: .* alpha was 0\.02"):
+        resumed(unreachable.format("run"), run)
+    new.unlink()
+    with pytest.raises(ConfigError, match=r"run/checkpoints/mmts\.yaml: .* alpha was 0\.01"):
+        resumed(unreachable.format("run"), run)
+    assert not caplog.messages
+    resumed(unreachable.format("other"), run)
+    (warning,) = caplog.messages
+    assert warning.startswith("MM-TS: nosuch://bucket/other/mmts.yaml cannot be read (")
+    assert warning.endswith("whether the resumed run had the same settings is not checked")
+
+
+def test_what_earlier_versions_left_among_the_checkpoints(small_model, data, tmp_path, recorder, monkeypatch):
+    arguments = flags(small_model, data, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_before(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    run = tmp_path / "run"
+    for name in ("mmts.yaml", "mmts.jsonl"):
+        (run / name).rename(run / "checkpoints" / name)
+    with pytest.raises(ConfigError, match=r"run/checkpoints/mmts\.yaml: the resumed run differs: alpha was 0\.04"):
+        main([*arguments, "--resume", "latest", "--mmts-alpha", "0.05"])
+    main([*arguments, "--resume", "latest"])
+    check_steps(recorder, small_model, data.table, total=12)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch_1.pt", "epoch_2.pt"]
+    lines = [json.loads(line) for line in (run / "mmts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "tau_base" in line] == list(range(12))
+
+
+def test_a_record_that_cannot_be_written_is_one_error(small_model, data, tmp_path):
+    (tmp_path / "run/mmts.yaml/inside").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run/mmts\.yaml: cannot be written: Is a directory"):
+        main(flags(small_model, data, tmp_path))
+
+
 def test_saved_config_reproduces_the_run(small_model, data, tmp_path, recorder):
     main(flags(small_model, data, tmp_path, name="one", mmts_preset="vast-clip", mmts_num_oscillations=2))
     first, recorder.calls = recorder.calls, []
-    saved = tmp_path / "one/checkpoints/mmts.yaml"
+    saved = tmp_path / "one/mmts.yaml"
     main(flags(small_model, data, tmp_path, name="two", loss=None, mmts_clusters=None, mmts_config=saved))
+    assert recorder.steps == list(range(12))
     assert recorder.losses == [call["loss"] for call in first]
 
 
 REFUSED = {
+    "coca without contrast": (
+        {"model": "coca_ViT-B-32", "coca_contrastive_loss_weight": 0},
+        "--coca-contrastive-loss-weight 0 leaves no contrastive loss for --loss mmts",
+    ),
+    "horovod": ({"horovod": True}, "--horovod is not supported with --loss mmts"),
+    "no accumulation": ({"accum_freq": 0}, "--accum-freq 0: it must be one or above"),
     "siglip": ({"siglip": True}, "--siglip"),
     "torchscript": ({"torchscript": True}, "--torchscript"),
     "distill": ({"distill_model": "RN50", "distill_pretrained": "openai"}, "--distill-model"),
@@ -410,10 +569,49 @@ REFUSED = {
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_one_error_before_training(changes, message, small_model, data, tmp_path):
+    model = changes.get("model", small_model)
     with pytest.raises(MMTSError, match=message):
-        main(flags(small_model, data, tmp_path, **changes))
+        main(flags(model, data, tmp_path, **{name: value for name, value in changes.items() if name != "model"}))
     assert not list(tmp_path.rglob("*.pt"))
     assert not list(tmp_path.rglob("mmts.yaml"))
+
+
+LOCK = {"lock_image": True, "lock_text": True, "lock_text_freeze_layer_norm": True}
+LOCKED = {
+    "whole": {},
+    "compiled": {"torchcompile": True},
+    "accumulated": {"accum_freq": 2},
+}
+
+
+@pytest.mark.parametrize("options", LOCKED.values(), ids=LOCKED)
+def test_two_locked_towers_are_refused(options, small_model, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"would schedule nothing: --lock-image with --lock-text locks both towers"):
+        main(flags(small_model, data, tmp_path, **LOCK, **options))
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("mmts.yaml"))
+
+
+def test_locked_towers_with_something_unlocked_train(small_model, data, tmp_path, recorder):
+    main(flags(small_model, data, tmp_path, **LOCK, lock_text_unlocked_layers=1))
+    check_steps(recorder, small_model, data.table, total=12)
+
+
+def test_a_contrastive_loss_without_gradient_is_refused(small_model, data, tmp_path, monkeypatch):
+    """As of a CoCa whose towers are locked, and whose decoder is trained."""
+    for name in ("encode_image", "encode_text"):
+        encode = getattr(open_clip.CLIP, name)
+        monkeypatch.setattr(open_clip.CLIP, name, lambda *given, f=encode, **more: f(*given, **more).detach())
+    with pytest.raises(ConfigError, match=r"nothing that the contrastive loss depends on is trained"):
+        main(flags(small_model, data, tmp_path))
+
+
+def test_runs_that_train_nothing_say_so(small_model, data, tmp_path, caplog):
+    main(flags(small_model, data, tmp_path, train_data=None, val_data=data.csv))
+    assert "MM-TS: --loss mmts changes nothing here: without --train-data this run only evaluates" in caplog.text
+    main(flags(small_model, data, tmp_path, name="again", epochs=1))
+    main(flags(small_model, data, tmp_path, name="again", epochs=1, resume="latest"))
+    assert caplog.messages.count("MM-TS: 1 of --epochs 1 are done: nothing is trained") == 1
 
 
 def test_abbreviation_is_refused(small_model, data, tmp_path):
@@ -438,7 +636,7 @@ def test_tables_that_do_not_fit(small_model, data, tmp_path):
         (classes, "classes.parquet: a table of class ids"),
         (
             others,
-            r"8 of the first 8 training captions are not in .*others.parquet \(0% found\), for example 'a photo of",
+            r"48 of the first 48 training captions are not in .*others.parquet \(0% found\), for example 'a photo of",
         ),
     ):
         with pytest.raises(TableError, match=message):
@@ -449,6 +647,7 @@ def partial_table(tmp_path: Path, without: int) -> Path:
     from mmts_plugins.clusters import ClusterTable
 
     kept = [i for i in range(len(CAPTIONS)) if i not in range(without)]
+    tmp_path.mkdir(exist_ok=True)
     table = tmp_path / "partial.parquet"
     ClusterTable.build([CAPTIONS[i] for i in kept], range(len(kept)), [5 * i + 1 for i in kept]).save(table)
     return table
@@ -476,10 +675,30 @@ def test_missing_captions_get_the_chosen_shift_and_a_warning(small_model, data, 
         main(flags(small_model, data, tmp_path, name="e", mmts_clusters=table, mmts_missing="error"))
 
 
-def test_too_few_hits_stop_the_run(small_model, data, tmp_path):
-    table = partial_table(tmp_path, without=3)  # 33 of 48 samples
-    with pytest.raises(TableError, match=r"partial\.parquet \(\d+% found\), for example 'a photo of"):
-        main(flags(small_model, data, tmp_path, mmts_clusters=table))
+# An epoch of 48 samples is judged as a whole: then what is said is the same to the letter.
+LOADINGS = {
+    "one by one": {"batch_size": 2, "log_every_n_steps": 1},
+    "rarely logged": {"batch_size": 2, "log_every_n_steps": 100, "seed": 5},
+    "large batches": {"batch_size": 16, "log_every_n_steps": 1, "seed": 1},
+    "large, rarely logged": {"batch_size": 16, "log_every_n_steps": 100, "seed": 2},
+    "accumulated": {"batch_size": 8, "accum_freq": 3, "log_every_n_steps": 1, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("loading", LOADINGS.values(), ids=LOADINGS)
+def test_the_same_hit_rate_is_judged_alike(loading, small_model, data, tmp_path, caplog):
+    few, most = (partial_table(tmp_path / name, without=many) for name, many in (("few", 3), ("most", 1)))
+    with pytest.raises(TableError, match=r"^33 of the first 48 training captions are not in .* \(31% found\), for"):
+        main(flags(small_model, data, tmp_path, mmts_clusters=few, name="few", epochs=1, **loading))
+    main(flags(small_model, data, tmp_path, mmts_clusters=most, name="most", epochs=2, **loading))
+    said = [message for message in caplog.messages if "training captions are not in" in message]
+    assert len(said) == 1  # once for both epochs
+    assert said[0].startswith(f"MM-TS: 14 of the first 48 training captions are not in {most} (70% found), for example")
+    assert said[0].count("'a photo of a dog'") == 3
+    with pytest.raises(
+        TableError, match=r"^\d+ of the first \d+ training captions .*\(--mmts-missing error; tail or mean"
+    ):
+        main(flags(small_model, data, tmp_path, mmts_clusters=most, name="e", mmts_missing="error", **loading))
 
 
 def test_a_step_without_our_loss_stops(small_model, data, tmp_path, monkeypatch):
@@ -496,26 +715,28 @@ def test_without_our_flag_nothing_changes(small_model, data, tmp_path):
     """Patched but not asked: parameters, optimizer state and losses to the bit. Installed or not: see test_startup."""
     import open_clip_train.main as host
 
-    import mmts_plugins
-
     arguments = {"loss": None, "mmts_clusters": None}
     main(flags(small_model, data, tmp_path, name="patched", **arguments))
     originals = {}
     for name in ("create_loss", "parse_args", "get_data", "train_one_epoch"):
         originals[name] = getattr(host, name)
         setattr(host, name, originals[name].__wrapped__)
+        assert hasattr(originals[name], "_mmts_seam")
+        assert not hasattr(getattr(host, name), "_mmts_seam")
     try:
         main(flags(small_model, data, tmp_path, name="original", **arguments))
     finally:
         for name, value in originals.items():
             setattr(host, name, value)
-    assert mmts_plugins.__version__
     a, b = (
         torch.load(tmp_path / name / "checkpoints/epoch_2.pt", weights_only=True) for name in ("patched", "original")
     )
     assert a["state_dict"].keys() == b["state_dict"].keys()
     assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
-    assert str(a["optimizer"]) == str(b["optimizer"])
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    states = a["optimizer"]["state"], b["optimizer"]["state"]
+    assert len(states[0]) == len(states[1]) == len(a["state_dict"]) > 20
+    assert all(torch.equal(one, states[1][i][name]) for i, state in states[0].items() for name, one in state.items())
 
 
 def test_abbreviated_loss_dist_impl_still_means_the_hosts(tmp_path):

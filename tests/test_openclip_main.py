@@ -135,7 +135,7 @@ def test_resumed_run_logs_where_the_host_does(small_model, data, tmp_path):
     scale = 1 / reference.temperature(frequency, frequency, 0.04, 0.05, 0.10, 0, 1).mean()
     assert events.Scalars("train/logit_scale")[0].value == pytest.approx(scale, rel=1e-5)
     assert f"Logit Scale: {scale:.3f} " in log
-    assert "host_version: 4." in (tmp_path / "run/checkpoints/mmts.yaml").read_text()
+    assert "host_version: 4." in (tmp_path / "run/mmts.yaml").read_text()
 
 
 def test_trackio_gets_our_values(small_model, data, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ import pytest
 import reference
 import torch
 from conftest import REPOSITORY, run_python
-from forked import run_forked
+from forked import free_port, one_rank, run_forked
 
 from mmts_plugins.clusters import CLASS, ClusterTable
 from mmts_plugins.config import resolve
@@ -77,14 +76,6 @@ def environment(record: Path, root: Path, install: bool = True, **more: str) -> 
     return {"TEST_RECORD": str(record), "TEST_SCRIPT": str(root / "run.py"), "TEST_INSTALL": str(int(install)), **more}
 
 
-def alone() -> dict[str, str]:
-    """What a launcher would set for a single process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
 def read(record: Path, ranks: int) -> list[list[dict]]:
     return [json.loads(Path(f"{record}-{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -92,14 +83,16 @@ def read(record: Path, ranks: int) -> list[list[dict]]:
 def run_stand_in(
     folder: Path, data: Set, name: str, *flags: object, ranks: int = 0, code: int = 0, root: Path = STAND_IN, **more
 ):
-    install = more.pop("install", True)
+    install, launched = more.pop("install", True), more.pop("launched", False)
     script = overlay(folder, root) / "run.py"
-    start = run_forked if install and not ranks else run_python
-    done = start(
-        *((*LAUNCH, ranks, script) if ranks else (script, "--local_rank", 0)),
-        *("--train_txt", data.txt, "--output_dir", folder / "out" / name, *flags),
-        **environment(folder / name, root, install, PYTHONPATH=str(REPOSITORY), **({} if ranks else alone()), **more),
-    )
+    given = ("--train_txt", data.txt, "--output_dir", folder / "out" / name, *flags)
+    variables = environment(folder / name, root, install, PYTHONPATH=str(REPOSITORY), **more)
+    if launched:
+        done = run_python(*LAUNCH, ranks, script, *given, **variables)
+    elif install:
+        done = run_forked(script, "--local_rank", 0, *given, ranks=max(1, ranks), **variables)
+    else:  # where no start-up file ran either
+        done = run_python(script, "--local_rank", 0, *given, **{**one_rank(), **variables})
     assert (done.returncode == 0) == (code == 0), done.stdout[-3000:]
     return done.stdout, read(folder / name, max(1, ranks))
 
@@ -109,7 +102,7 @@ def plain_run(folder: Path, data: Set, *flags: object, root: Path = STAND_IN, **
     return run_forked(
         *("-m", "mmts_plugins", "run", root / "run.py", "--local_rank", 0, "--train_txt", data.txt),
         *("--output_dir", folder / "out", *flags),
-        **{"PYTHONPATH": str(REPOSITORY), **alone(), **more},
+        **{"PYTHONPATH": str(REPOSITORY), **one_rank(), **more},
     )
 
 
@@ -174,8 +167,14 @@ def check(
     max_margin: bool = False,
     host_negatives: Optional[bool] = None,
     key: str = "captions",
+    steps: Optional[list[int]] = None,
 ) -> tuple[float, float]:
-    """The greatest differences from the paper's words, at any step of any rank: of the loss, of negatives' weights."""
+    """The greatest differences from the paper's words, at any step of any rank: of the loss, of negatives' weights.
+
+    ``steps`` are those recorded; all of the run's, once, where they are not given.
+    """
+    for records in ranks:
+        assert [record["step"] for record in records] == (list(range(total)) if steps is None else steps)
     worst_loss = worst_weight = 0.0
     host_negatives = max_margin if host_negatives is None else host_negatives
     for call in range(len(ranks[0])):
@@ -198,7 +197,6 @@ def check(
 @pytest.mark.parametrize("task", ["ret%tv", "ret%tvas%ta%tv", "ret%tva_cap%tv"])
 def test_every_step_equals_the_reference(task, data, tmp_path):
     output, ranks = run_stand_in(tmp_path, data, "run", *data.ours, "--train_task", task)
-    assert [record["step"] for record in ranks[0]] == list(range(TOTAL))
     assert max(check(ranks, data.frequency)) < NOISE
     assert output.count("MM-TS: mmts-infonce: alpha 0.06 over 10 steps, period 2; shifts 0.06 to 0.09") == 1
     assert output.count("MM-TS step 0/10: base +0.0300, mean 0.1") == 1
@@ -207,7 +205,7 @@ def test_every_step_equals_the_reference(task, data, tmp_path):
 
 
 def test_two_ranks_under_torch_distributed_launch(data, tmp_path):
-    output, ranks = run_stand_in(tmp_path, data, "run", *data.ours, ranks=2)
+    output, ranks = run_stand_in(tmp_path, data, "run", *data.ours, ranks=2, launched=True)
     assert max(check(ranks, data.frequency)) < NOISE
     assert output.count("MM-TS: mmts-infonce") == output.count("MM-TS step 0/10") == 1
 
@@ -244,8 +242,7 @@ def test_loops_of_other_kinds(data, tmp_path):
     listed.write_text(json.dumps([{"video_id": f"c{i}", "desc": [caption]} for i, caption in enumerate(CAPTIONS)]))
     flags = ("--train_txt", listed, data.txt, "--train_task", "ret%tvas", "cap%tv", "--checkpointing", "true")
     _, ranks = run_stand_in(tmp_path, data, "mixed", *data.ours, *flags, ranks=2)
-    assert [record["step"] for record in ranks[0]] == [0, 2, 4, 6, 8]
-    assert max(check(ranks, data.frequency)) < NOISE
+    assert max(check(ranks, data.frequency, steps=[0, 2, 4, 6, 8])) < NOISE
     for loss in ("mmts", "mmts-max-margin"):
         flags = ("--loss", loss, "--mmts-clusters", data.table, "--fp16", "true")
         _, half = run_stand_in(tmp_path, data, loss, *flags)
@@ -262,7 +259,7 @@ def test_clip_ids_as_keys(data, tmp_path):
     _, ranks = run_stand_in(tmp_path, data, "run", *data.ours, "--mmts-key", "id")
     assert max(check(ranks, frequency, key="ids")) < NOISE
     done = plain_run(tmp_path, data, *data.ours)
-    assert_one_error(done, "20 of 20 training samples are not in")
+    assert_one_error(done, "20 of 20 training samples of ret%tvas--set0 are not in")
     assert "Its keys are ids: add --mmts-key id." in done.stdout
 
 
@@ -344,7 +341,10 @@ def assert_one_error(done: subprocess.CompletedProcess, message: str) -> None:
         (["--loss", "mmts", "--mmts-distribution", "noun"], "--mmts-distribution is for AVION"),
         (["--loss", "mmts-max-margin", "--mmts-no-shifts", "--mmts-itm-temperature", "mmts"], "has margins, not temp"),
         (["--loss", "mmts", "--mmts-clusters", "classes.parquet"], "a table of class ids, but VAST's samples"),
-        (["--loss", "mmts", "--mmts-clusters", "other.parquet"], "20 of 20 training samples are not in other.parquet"),
+        (
+            ["--loss", "mmts", "--mmts-clusters", "other.parquet"],
+            "20 of 20 training samples of ret%tvas--set0 are not in other.parquet",
+        ),
         (["--loss", "mmts", "--mmts-clusters", "few.parquet", "--mmts-missing", "error"], "2 of 20 training samples"),
         (["--loss", "mmts", "--mmts-no-shifts", "--train_txt", "two.json"], "clip clip3 has 2 captions"),
         (["--loss", "mmts", "--mmts-no-shifts", "--train_task", "cap%tv"], "no task of this run is retrieval"),
@@ -368,9 +368,53 @@ def test_captions_that_the_table_lacks_get_the_tail(data, tmp_path):
     few = {caption: size for caption, size in data.frequency.items() if caption != "cut the rice"}
     ClusterTable.build(list(few), [CLUSTER_OF[c] for c in few], list(few.values())).save(data.table)
     output, ranks = run_stand_in(tmp_path, data, "run", *data.ours)
-    assert "2 of 20 training samples are not in" in output
-    assert "for example 'cut the rice'; they get the tail shift" in output
+    assert "2 of 20 training samples of ret%tvas--set0 are not in" in output
+    assert "(90% found by caption), for example 'cut the rice'; they get the tail shift" in output
     assert max(check(ranks, few)) < NOISE
+
+
+def test_values_are_logged_where_vast_logs_its_losses(data, tmp_path):
+    output, _ = run_stand_in(tmp_path, data, "run", *data.ours, "--num_train_steps", 103, "--mmts-diagnostics-every", 0)
+    assert [line.split(":")[0] for line in output.split("MM-TS step ")[1:]] == ["0/103", "49/103", "99/103"]
+    lines = [json.loads(line) for line in (tmp_path / "out/run/log/mmts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 49, 99]
+    base = [0.03 * np.cos(2 * np.pi * step / (103 / 5)) for step in (0, 49, 99)]
+    assert [line["tau_base"] for line in lines] == pytest.approx(base, abs=1e-7)
+
+
+def test_samples_that_are_unknown_before_training(data, tmp_path):
+    """A data set without a list of annotations: the batches are judged, by all ranks together."""
+    root = changed(tmp_path, data__IndexAnno=("self.annos", "self.rows"))
+    ClusterTable.build(["a dog", "a cat"], [0, 1], [1, 2]).save(tmp_path / "other.parquet")
+    run = (root / "run.py", "--local_rank", 0, "--train_txt", data.txt, "--output_dir", tmp_path / "out")
+    flags = ("--loss", "mmts", "--mmts-clusters", tmp_path / "other.parquet")
+    done = run_forked("-m", "mmts_plugins", "run", *run, *flags, ranks=2, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if line.startswith("mmts: error: ")]
+    assert len(errors) == 2
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("mmts: error: 60 of the first 60 training samples are not in")
+    few = {caption: size for caption, size in data.frequency.items() if caption != "cut the rice"}
+    ClusterTable.build(list(few), [CLUSTER_OF[c] for c in few], list(few.values())).save(data.table)
+    output, _ = run_stand_in(tmp_path, data, "few", *data.ours, ranks=2, root=root)
+    assert output.count(" of the first 60 training samples are not in ") == 1
+    assert "for example 'cut the rice'; 'cut the rice'; 'cut the rice'; they get the tail shift" in output
+
+
+def test_evaluation_alone_says_so(data, tmp_path):
+    root = changed(tmp_path, run=("train(model,", "len if args.run_cfg.mode == 'testing' else train(model,"))
+    edited = root / "run.py"
+    edited.write_text(edited.read_text().replace("    len if", "    None if"))
+    edited = root / "utils" / "args.py"
+    edited.write_text(
+        edited.read_text().replace(
+            '    parser.add_argument("--log_steps"',
+            '    parser.add_argument("--mode")\n    parser.add_argument("--log_steps"',
+        )
+    )
+    done = plain_run(tmp_path, data, *data.ours, "--mode", "testing", root=root)
+    assert done.stdout.count("MM-TS: warning: --loss mmts changes nothing here: --mode testing trains nothing") == 1
+    assert done.returncode == 0, done.stdout
 
 
 def changed(folder: Path, **edits: tuple[str, str]) -> Path:
@@ -654,14 +698,13 @@ def real(tmp_path_factory) -> Real:
 
 def run_real(folder: Path, real: Real, name: str, *flags: object, ranks: int = 1, code: int = 0, **more):
     install, recorded = more.pop("install", True), more.pop("recorded", True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     done = subprocess.run(
         ["bash", str(HARNESS), str(folder / name), *map(str, flags)],
         env={
             **os.environ,
-            **environment(folder / name, real.root, install, PY=sys.executable, NPROC=str(ranks), PORT=str(port)),
+            **environment(
+                folder / name, real.root, install, PY=sys.executable, NPROC=str(ranks), PORT=str(free_port())
+            ),
             "WORK": str(real.work),
             "EXTRA_PP": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
@@ -700,7 +743,6 @@ def host_files(real: Real, folder: Path, name: str):
 )
 def test_real_loop_equals_the_reference(ranks, flags, real, tmp_path):
     output, recorded = run_real(tmp_path, real, "run", *real.ours, *flags, ranks=ranks)
-    assert [record["step"] for record in recorded[0]] == list(range(12))
     worst = check(recorded, real.frequency, 12, host_negatives="host" in flags)
     print(f"greatest differences: loss {worst[0]:.1e}, weights of negatives {worst[1]:.1e}")
     assert max(worst) < 1e-6
