@@ -10,12 +10,13 @@ from typing import Any, Optional
 
 from .errors import ConfigError, MMTSError, shown
 
-NUMBER, WHOLE, TEXT, SWITCH, TEXTS, MAPPING = (
+NUMBER, WHOLE, TEXT, SWITCH, TEXTS, WHOLES, MAPPING = (
     "a number",
     "a whole number",
     "text",
     "true or false",
     "a list of texts",
+    "a list of whole numbers",
     "a mapping",
 )
 LARGEST_WHOLE = 2**53  # exact as a float, far above any count of steps
@@ -32,6 +33,7 @@ class Field:
         least, above, most: of a number; it is always finite.
         choices: of a text.
         empty: whether a text or a list may be empty.
+        longest: of a text, in characters.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Field:
     most: Optional[float] = None
     choices: Optional[Sequence[str]] = None
     empty: bool = False
+    longest: int = LONGEST_TEXT
 
     def check(self, where: str, value: Any, error: type[MMTSError] = ConfigError) -> Any:
         """The value, if it may stand there; numbers come back as ``float`` or ``int``.
@@ -60,14 +63,14 @@ class Field:
         if self.kind in (NUMBER, WHOLE):
             return self._number(where, value, error)
         if self.kind == TEXT:
-            _check_text(where, value, self.empty, error)
+            _check_text(where, value, self.empty, error, self.longest)
             if self.choices is not None and value not in self.choices:
                 close = difflib.get_close_matches(value[:80], self.choices, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(self.choices)}"
                 raise error(f"{where} is {shown(value)}; {hint}")
+        if self.kind in (TEXTS, WHOLES) and not value and not self.empty:
+            raise error(f"{where} is empty")
         if self.kind == TEXTS:
-            if not value and not self.empty:
-                raise error(f"{where} is empty")
             for each in value:
                 _check_text(f"an item of {where}", each, True, error)
         return value
@@ -86,13 +89,13 @@ class Field:
         return int(value) if self.kind == WHOLE else float(value)
 
 
-def _check_text(where: str, value: str, empty: bool, error: type[MMTSError]) -> None:
+def _check_text(where: str, value: str, empty: bool, error: type[MMTSError], longest: int = LONGEST_TEXT) -> None:
     if not value.strip() and not empty:
         raise error(f"{where} is empty")
     if "\0" in value:
         raise error(f"{where} is {shown(value)}: it holds a NUL character")
-    if len(value) > LONGEST_TEXT:
-        raise error(f"{where} is {len(value)} characters long: {shown(value)}; at most {LONGEST_TEXT} are taken")
+    if len(value) > longest:
+        raise error(f"{where} is {len(value)} characters long: {shown(value)}; at most {longest} are taken")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -143,5 +146,6 @@ _IS = {
     TEXT: lambda value: isinstance(value, str),
     SWITCH: lambda value: isinstance(value, bool),
     TEXTS: lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    WHOLES: lambda value: isinstance(value, list) and all(_is_whole(each) for each in value),
     MAPPING: lambda value: isinstance(value, dict),
 }

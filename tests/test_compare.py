@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
+import io
 import json
 import os
 import shlex
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import yaml
 from conftest import REPOSITORY, openclip_flags, run_python
 
 from mmts_plugins.cli import _parser, main
+from mmts_plugins.compare import execute
+from mmts_plugins.compare import lock as locks
 from mmts_plugins.compare import plan as plans
 from mmts_plugins.compare.execute import State
+from mmts_plugins.compare.lock import LOCK
+from mmts_plugins.demo.train import run_logged
 from mmts_plugins.errors import MMTSError
 
 # A trainer as a comparison sees one: says what it was given, may die half-way, leaves a checkpoint.
 HOST = """
-import argparse, os, pathlib, sys, time
+import argparse, os, pathlib, subprocess, sys, time
 parser = argparse.ArgumentParser()
 for flag in ("--seed", "--out", "--loss", "--mmts-clusters", "--resume"):
     parser.add_argument(flag)
@@ -38,7 +49,9 @@ with open(out / "calls.txt", "a") as file:
 if (pathlib.Path.cwd() / "kill").exists() and "TS-ICS-seed1" in args.out and not args.resume:
     sys.exit("the node was taken away")
 if (pathlib.Path.cwd() / "slow").exists():
-    (pathlib.Path.cwd() / "slow").write_text(str(os.getpid()))
+    # As a rank of torchrun's: a grandchild in a session of its own.
+    rank = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    (pathlib.Path.cwd() / "slow").write_text(f"{os.getpid()} {rank.pid}\\n")
     time.sleep(600)
 if (pathlib.Path.cwd() / "lazy").exists():
     sys.exit(0)
@@ -156,25 +169,358 @@ def test_exit_code_zero_without_a_checkpoint_is_a_failure(folder: Path, capsys: 
     assert "0 of 4 runs finished" in said
 
 
-def test_a_terminated_comparison_ends_its_trainer(folder: Path) -> None:
+def started(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A comparison in its own process, training; the processes of its trainer."""
     (folder / "slow").touch()
     output = folder / "with blank" / "out"
     command = [sys.executable, "-m", "mmts_plugins", "compare", str(folder / "plan.yaml"), "-o", str(output)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 120
-        while not (folder / "slow").read_text():
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        trainer = int((folder / "slow").read_text())
-        process.terminate()
-        assert process.wait(60) == 130
-    with pytest.raises(ProcessLookupError):
-        os.kill(trainer, 0)
-    assert State(output).runs["plain-seed0"]["error"] == "interrupted"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (folder / "slow").read_text().endswith("\n"):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return process, [int(word) for word in (folder / "slow").read_text().split()]
+
+
+def gone(pid: int, within: float = 20) -> bool:
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_comparison_that_ends_takes_its_trainer_along(how: signal.Signals, folder: Path) -> None:
+    """However it ends: the ranks too, which torchrun puts into sessions of their own."""
+    process, trainer = started(folder)
+    assert len(trainer) == 2
+    assert not any(gone(pid, 0.1) for pid in trainer)
+    process.send_signal(how)
+    expected = 130 if how in (signal.SIGTERM, signal.SIGINT) else -how
+    assert process.wait(60) == expected
+    if expected == 130:  # it has waited for them
+        with pytest.raises(ProcessLookupError):
+            os.kill(trainer[0], 0)
+    assert all(gone(pid) for pid in trainer)
+    state = State(folder / "with blank" / "out").runs["plain-seed0"]
+    if expected == 130:
+        assert (state["status"], state["error"]) == ("failed", "interrupted")
+    else:
+        assert (state["status"], state["error"]) == ("running", None)
     (folder / "slow").unlink()
     assert compare(folder, "--seeds", "0") == 0
-    assert calls(folder)["plain-seed0"][1].endswith("--resume latest")
+    made = calls(folder)
+    assert [len(of_run) for of_run in made.values()] == [1, 1, 1, 2]  # plain is the last by name
+    assert made["plain-seed0"][1].endswith("--resume latest")
+
+
+def test_a_trainer_outlives_neither_its_keeper_nor_leaves_ranks_behind(folder: Path) -> None:
+    with pytest.raises(MMTSError, match=r"exit code 3 from: sh"):
+        run_logged(["sh", "-c", f"setsid sleep 600 & echo $! > {shlex.quote(str(folder / 'rank'))}; exit 3"], folder)
+    assert gone(int((folder / "rank").read_text()), 0.1)
+    if sys.platform != "linux":
+        return
+    process, trainer = started(folder)
+    with open(f"/proc/{trainer[0]}/stat") as file:
+        keeper = int(file.read().rpartition(")")[2].split()[1])
+    assert keeper != process.pid
+    os.kill(keeper, signal.SIGKILL)
+    assert gone(trainer[0])
+    process.kill()
+    process.wait()
+    os.kill(trainer[1], signal.SIGKILL)  # whom nobody was left to end
+
+
+def test_two_comparisons_in_one_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process, trainer = started(folder)
+    assert compare(folder, "--seeds", "0") == 2
+    said = capsys.readouterr().err
+    assert f"another mmts compare is at work there: process {process.pid} on {socket.gethostname()}, since 20" in said
+    assert calls(folder) == {"plain-seed0": calls(folder)["plain-seed0"][:1]}
+    assert not gone(trainer[0], 0.1)
+    # Killed, it still holds the folder until its trainer has ended; whoever comes next waits for that.
+    process.kill()
+    process.wait()
+    (folder / "slow").unlink()
+    assert compare(folder, "--seeds", "0") == 0
+    assert gone(trainer[0], 0.1)
+    assert [len(of_run) for of_run in calls(folder).values()] == [1, 1, 1, 2]
+
+
+def test_what_a_killed_comparison_left_running_is_not_trained_beside(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where keeper and comparison were killed and the trainer lives on: it holds the lock."""
+    output = folder / "with blank" / "out"
+    output.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (output / LOCK).write_text(f"{dead.pid} {socket.gethostname()} 2026-01-01 00:00:00\n")
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
+    with open(output / LOCK) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert compare(folder, "--seeds", "0") == 2
+    said = capsys.readouterr()
+    assert said.out.count("waiting for what an earlier mmts compare left behind") == 1
+    assert f"a command that an earlier mmts compare started there still runs (process {dead.pid} on" in said.err
+    assert not (output / "runs").exists()
+
+
+def test_the_lock_is_a_file_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, mine = folder / "with blank" / "out", folder / "mine.txt"
+    output.mkdir()
+    mine.write_text("precious")
+    for make in (os.symlink, os.link):
+        make(mine, output / LOCK)
+        assert compare(folder, "--seeds", "0") == 2
+        assert "compare.lock: cannot be" in capsys.readouterr().err
+        assert mine.read_text() == "precious"
+        (output / LOCK).unlink()
+    os.mkfifo(output / LOCK)
+    assert compare(folder, "--seeds", "0") == 2
+    assert "it is no file of its own; remove it" in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == [LOCK]
+
+
+def test_a_folder_without_locks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert compare(folder, "--seeds", "0") == 0
+    said = capsys.readouterr()
+    assert "compare.lock: this file system has no locks (Operation not supported): see to it that" in said.err
+    assert "4 of 4 runs finished" in said.out
+
+
+def torn_checkpoint(path: Path) -> bytes:
+    """What a killed ``torch.save`` leaves: the first half of a zip."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as file:
+        file.writestr("archive/data.pkl", b"x" * 500)
+    half = whole.getvalue()[:300]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(half)
+    return half
+
+
+@pytest.mark.parametrize("left", ["half a checkpoint", "half a text", "nothing"])
+def test_a_file_that_a_killed_run_left_is_no_proof(left: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """OpenCLIP writes ``epoch_K.pt`` in place."""
+    output = folder / "with blank" / "out"
+    run = plans.make({**plans.read(str(folder / "plan.yaml")), "seeds": [0]}, str(output)).runs[0]
+    output.mkdir()
+    State(output).update(run, status="running", attempts=1)
+    half = b""
+    if left == "half a checkpoint":
+        half = torn_checkpoint(run.done)
+    elif left == "half a text":
+        run.done.parent.mkdir(parents=True)
+        run.done.write_text("99")
+    assert compare(folder, "--seeds", "0") == 0
+    assert len(calls(folder)["plain-seed0"]) == 1
+    assert calls(folder)["plain-seed0"][0].endswith("--resume latest")
+    assert results(folder)["metrics"]["plain"]["image_to_text_R@1"]["all"]["mean"] == 0
+    aside = run.done.with_name("done.pt.unfinished")
+    assert aside.exists() == (left == "half a checkpoint")
+    if aside.exists():
+        assert aside.read_bytes() == half
+        assert "done.pt was left by a killed attempt: moved to done.pt.unfinished" in capsys.readouterr().out
+
+
+def test_only_half_checkpoints_of_the_run_are_moved(folder: Path) -> None:
+    output = folder / "with blank" / "out"
+    run = plans.make({**plans.read(str(folder / "plan.yaml")), "seeds": [0]}, str(output)).runs[0]
+    output.mkdir()
+    place = run.done.parent
+    for name in ("epoch_2.pt", "tmp.pt", "notes.zip", "epoch_3.pt.unfinished"):
+        torn_checkpoint(place / name)
+    (place / "epoch_3.pt").write_bytes(b"")
+    (place / "epoch_4.pt").write_bytes(b"PK")
+    (place / "old.pt").write_bytes(b"\x80\x02 as torch.save wrote before zips")
+    with zipfile.ZipFile(place / "epoch_1.pt", "w") as file:
+        file.writestr("archive/data.pkl", b"whole")
+    other = torn_checkpoint(output / "runs" / "TS-seed1" / "epoch_1.pt")
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    State(output).update(run, status="failed", attempts=1)
+    assert compare(folder, "--seeds", "0") == 0
+    after = {path.name: path.read_bytes() for path in place.iterdir() if path.name not in ("done.pt", "calls.txt")}
+    renamed = {"epoch_2.pt": "epoch_2.pt.unfinished", "epoch_4.pt": "epoch_4.pt.unfinished",
+               "epoch_3.pt": "epoch_3.pt.unfinished-2"}  # fmt: skip
+    assert after == {renamed.get(name, name): content for name, content in before.items()}
+    assert (output / "runs" / "TS-seed1" / "epoch_1.pt").read_bytes() == other
+
+
+def test_a_folder_that_runs_share_is_left_alone(tmp_path: Path) -> None:
+    content = {"command": "x {seed}", "eval": "e", "variants": {"a": ""}, "done": "{output}/{run}.pt"}
+    assert not plans.make(content, str(tmp_path)).runs[0].own_folder
+    assert plans.make({**content, "done": "{output}/{run}/a.pt"}, str(tmp_path)).runs[0].own_folder
+
+
+def test_without_a_way_to_resume_what_is_there_proves_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """OpenCLIP: "Experiment already exists", exit status 0, and the file of the killed attempt is still there."""
+    output = folder / "with blank" / "out"
+    content = {**yaml.safe_load((folder / "plan.yaml").read_text()), "resume": "", "seeds": [0]}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(content))
+    run = plans.make(plans.read(str(folder / "plan.yaml")), str(output)).runs[0]
+    run.done.parent.mkdir(parents=True)
+    run.done.write_text("99")
+    State(output).update(run, status="running", attempts=1)
+    (folder / "lazy").touch()
+    assert compare(folder) == 1
+    assert "failed: plain-seed0: the command ended without an error, but did not write" in capsys.readouterr().out
+    assert run.done.with_name("done.pt.unfinished").read_text() == "99"
+
+
+def test_a_run_by_hand_is_taken_only_on_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = folder / "with blank" / "out"
+    run = plans.make({**plans.read(str(folder / "plan.yaml")), "seeds": [0]}, str(output)).runs[0]
+    run.done.parent.mkdir(parents=True)
+    run.done.write_text("44")
+    assert compare(folder, "--seeds", "0") == 1
+    said = capsys.readouterr().out
+    assert "3 of 4 runs finished" in said
+    assert "done.pt is there, but no command of this comparison made it: take it as finished (--accept-done)" in said
+    assert compare(folder, "--seeds", "0", "--accept-done") == 0
+    assert not (run.done.parent / "calls.txt").exists()
+    assert results(folder)["metrics"]["plain"]["image_to_text_R@1"]["all"]["mean"] == 0.44
+    assert State(output).runs["plain-seed0"]["status"] == "finished"
+    torn_checkpoint(run.done.parents[1] / "plain-seed1" / "done.pt")
+    assert compare(folder, "--seeds", "1", "--accept-done") == 1
+    assert "failed: plain-seed1: taken as it is, but" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_was_killed_is_made_again(folder: Path) -> None:
+    assert compare(folder, "--seeds", "0") == 0
+    made, output = calls(folder), folder / "with blank" / "out"
+    run = plans.make({**plans.read(str(folder / "plan.yaml")), "seeds": [0]}, str(output)).runs[0]
+    whole = run.result.read_text()
+    run.result.write_text(whole[:40])
+    State(output).update(run, status="trained")
+    assert compare(folder, "--seeds", "0") == 0
+    assert run.result.read_text() == whole
+    assert calls(folder) == made
+    assert State(output).runs["plain-seed0"]["status"] == "finished"
+
+
+def test_an_evaluation_that_fails_trains_nothing_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = (folder / "judge.py").read_text()
+    (folder / "judge.py").write_text("import sys; open(sys.argv[2], 'w').write('[1]'); print('bye')")
+    assert compare(folder, "--seeds", "0") == 1
+    said = capsys.readouterr().out
+    assert "0 of 4 runs finished" in said
+    assert "TS-seed0.json: not an evaluation with 'metrics', such as mmts eval writes" in said
+    assert results(folder)["metrics"] == {variant: {} for variant in VARIANTS}
+    made = calls(folder)
+    (folder / "judge.py").write_text(judge)
+    assert compare(folder, "--seeds", "0") == 0
+    assert calls(folder) == made
+
+
+def test_what_a_run_took_is_summed_over_its_attempts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([100.0, 107.25, 200.0, 202.5])
+    (folder / "lazy").touch()
+    content = {**yaml.safe_load((folder / "plan.yaml").read_text()), "clusters": None, "variants": {"plain": None}}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(execute.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(execute, "locked", lambda folder: nullcontext())
+    assert compare(folder, "--seeds", "0") == 1
+    output = folder / "with blank" / "out"
+    state = State(output).runs["plain-seed0"]
+    assert (state["seconds"], state["attempts"], state["status"]) == (7.2, 1, "failed")
+    (folder / "lazy").unlink()
+    assert compare(folder, "--seeds", "0") == 0
+    state = State(output).runs["plain-seed0"]
+    assert (state["seconds"], state["attempts"], state["status"]) == (9.7, 2, "finished")
+    assert results(folder)["runs"]["plain-seed0"]["seconds"] == 9.7
+
+
+def submitted(folder: Path) -> tuple[str, ...]:
+    """Flags for a stand-in of sbatch: takes one string, returns at once; the jobs are the lines of ``queue.sh``."""
+    queue = folder / "sbatch"
+    queue.write_text('#!/bin/sh\nprintf "%s\\n" "$2" >> queue.sh\n')
+    queue.chmod(0o755)
+    return ("--launcher", f"{queue} --wrap {{command}}", "--no-wait", "--seeds", "1")
+
+
+def test_a_job_is_finished_when_it_ended_with_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit, output = submitted(folder), folder / "with blank" / "out"
+    assert compare(folder, *submit) == 0
+    queue = folder / "queue.sh"
+    jobs = queue.read_text().splitlines()
+    assert len(jobs) == 4
+    # Killed while it wrote its checkpoint, failed, ended without a checkpoint, ended well.
+    (output / "runs" / "plain-seed1").mkdir(parents=True)
+    (output / "runs" / "plain-seed1" / "done.pt").write_text("9")
+    (folder / "kill").touch()
+    assert subprocess.run(["sh", "-c", jobs[3]], cwd=folder).returncode == 1  # TS&ICS
+    (folder / "lazy").touch()
+    assert subprocess.run(["sh", "-c", jobs[1]], cwd=folder).returncode == 0
+    (folder / "lazy").unlink()
+    assert subprocess.run(["sh", "-c", jobs[2]], cwd=folder).returncode == 0
+    capsys.readouterr()
+    assert compare(folder, *submit) == 1
+    said = capsys.readouterr().out
+    assert "1 of 4 runs finished" in said
+    assert "plain, seed 1: submitted, not finished yet (--retry submits it again)" in said
+    assert "failed: TS-ICS-seed1: the job ended with exit code 1; see" in said
+    assert "failed: TS-seed1: the job ended without an error, but did not write" in said
+    assert queue.read_text().splitlines() == jobs
+    status = {name: known["status"] for name, known in State(output).runs.items()}
+    assert status == {"plain-seed1": "submitted", "TS-seed1": "failed", "ICS-seed1": "finished",
+                      "TS-ICS-seed1": "failed"}  # fmt: skip
+
+    assert compare(folder, *submit) == 0  # failed ones again; the one that may still run is not
+    again = queue.read_text().splitlines()[4:]
+    assert ["TS-seed1" in job or "TS-ICS-seed1" in job for job in again] == [True, True]
+    assert all("--resume latest" in job and ".exit-2" in job for job in again)
+    assert compare(folder, *submit, "--retry") == 0
+    retried = queue.read_text().splitlines()[6:]
+    assert [[name in job for job in retried].count(True) for name in ("plain-", "/TS-seed", "TS-ICS")] == [1, 1, 1]
+    # The first attempt ends now: that speaks for itself, not for the second.
+    (folder / "kill").unlink()
+    subprocess.run(["sh", "-c", jobs[0]], cwd=folder, check=True)
+    assert compare(folder, *submit) == 0
+    assert State(output).runs["plain-seed1"]["status"] == "submitted"
+    subprocess.run(["sh", "-c", "\n".join(retried)], cwd=folder, check=True)
+    assert compare(folder, *submit) == 0
+    assert "4 of 4 runs finished" in capsys.readouterr().out
+    assert results(folder)["metrics"]["plain"]["image_to_text_R@1"]["all"]["values"] == {"1": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("0\n", 0), ("0\n7\n0\n", 7), ("", None), ("0", None), ("0\n0\n", 0), ("1\n", 1)]
+)
+def test_the_exit_status_of_a_job_of_several_tasks(text: str, code: Optional[int], tmp_path: Path) -> None:
+    assert execute._exit_status(tmp_path / "none") is None
+    (tmp_path / "exit-1").write_text(text)
+    assert execute._exit_status(tmp_path / "exit-1") == code
+
+
+def test_a_launcher_that_fails_has_submitted_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(folder, "--seeds", "0", "--launcher", "false {command}", "--no-wait") == 1
+    assert "failed: plain-seed0: exit code 1 from: false" in capsys.readouterr().out
+    assert compare(folder, "--seeds", "0") == 0
+
+
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [("", "names no command"), ("''", "names no command"), ("srun 'x", "the quotes do not match")],
+)
+def test_launchers_that_are_no_commands(
+    launcher: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--launcher "$UNSET"`` would train on the login node."""
+    assert compare(folder, "--launcher", launcher) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "with blank" / "out").exists()
 
 
 def test_more_seeds_later_but_not_another_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,9 +586,9 @@ def test_braces_of_shard_patterns_are_left_alone(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "unknown key": ({"comand": "x"}, "unknown key 'comand'; known: command"),
-    "no eval": ({"eval": None}, "the plan has no 'eval'"),
-    "seeds": ({"seeds": "0"}, "seeds: expected a list of whole numbers, not '0'"),
+    "unknown key": ({"comand": "x"}, "unknown key 'comand'; did you mean 'command'?"),
+    "no eval": ({"eval": None}, "the plan: key 'eval' is missing"),
+    "seeds": ({"seeds": "0"}, "key 'seeds' is '0': it must be a list of whole numbers"),
     "same seed": ({"seeds": [1, 1]}, "holds a number twice"),
     "seed unused": ({"command": "x"}, "command: has no {seed}"),
     "done shared": ({"done": "x.pt"}, "done: has no {run}"),
@@ -250,7 +596,7 @@ REFUSED = {
     "both": ({"variants": {"a": ""}}, "variants: says all flags itself"),
     "alike": ({"clusters": None, "variants": {"a b": "", "a-b": ""}}, "too much alike"),
     "quotes": ({"command": "x '{seed}"}, "command: the quotes do not match"),
-    "not text": ({"command": ["x"]}, "command: expected text"),
+    "not text": ({"command": ["x"]}, "key 'command' is ['x']: it must be text"),
 }
 
 

@@ -61,7 +61,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("-o", "--output", required=True, metavar="DIR", help="state, logs, evaluations and tables")
     add("--launcher", metavar="PREFIX", help='put before every command, such as "srun ..."; or with {command} in it')
     add("--no-wait", action="store_true", help="the launcher returns at once: submit, and evaluate in a later call")
-    add("--retry", action="store_true", help="submit again what was submitted and left nothing")
+    add("--retry", action="store_true", help="submit again what was submitted and did not end with 0")
+    add("--accept-done", action="store_true",
+        help="take files that are there for those of finished runs: of runs by hand, or of a lost state")  # fmt: skip
     add("--dry-run", action="store_true", help="print the commands and write nothing")
     add = parser.add_argument_group("instead of a plan, or over it").add_argument
     add("--seeds", metavar="S,S", help="such as 0,1,2; default: 0")
@@ -78,31 +80,32 @@ def run(args: argparse.Namespace) -> int:
     """Run, resume and tabulate; the exit status is 1 if a run failed."""
     from . import plan as plans
     from . import tables
-    from .execute import FAILED, FINISHED, execute
+    from .execute import FINISHED, execute, exit_file, reporting
 
     plan = plans.make(_content(args), args.output)
     if args.no_wait and not args.launcher:
         raise ConfigError("--no-wait needs --launcher: without one, commands are run and waited for")
+    plans.launched([], args.launcher)  # refused before anything is written
     if args.dry_run:
         for each in plan.runs:
             print(f"# {each.variant}, seed {each.seed}")
-            print(shlex.join(plans.launched(each.command, args.launcher)))
+            command = reporting(each.command, exit_file(plan, each, 1)) if args.no_wait else each.command
+            print(shlex.join(plans.launched(command, args.launcher)))
             print(shlex.join(plans.launched(each.evaluation, None if args.no_wait else args.launcher)))
         return 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice: end the trainer too
     try:
-        state = execute(plan, args.launcher, not args.no_wait, args.retry)
+        state = execute(plan, args.launcher, not args.no_wait, args.retry, args.accept_done)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f"\n{tables.write(plan, state.runs)}")
-    status = {name: of_run["status"] for name, of_run in state.runs.items()}
-    finished = sum(status.get(each.name) == FINISHED for each in plan.runs)
+    finished = sum(state.of(each).get("status") == FINISHED for each in plan.runs)
     print(
         f"{finished} of {len(plan.runs)} runs finished. Written to {args.output}: compare.md, compare.json, compare.csv"
     )
-    failed = [each for each in plan.runs if status.get(each.name) == FAILED]
+    failed = [each for each in plan.runs if state.of(each).get("error")]
     for each in failed:
-        print(f"failed: {each.name}: {state.runs[each.name]['error']}")
+        print(f"failed: {each.name}: {state.of(each)['error']}")
     if failed:
         print("Mend the cause and call the same again: finished runs are kept, failed ones resumed.")
     return 1 if failed else 0

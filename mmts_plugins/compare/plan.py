@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reading, shown
+from ..fields import MAPPING, TEXT, TEXTS, WHOLE, WHOLES, Field, check_mapping
 
 PLAIN, TS, ICS, BOTH = "plain", "TS", "ICS", "TS&ICS"
 _PLACEHOLDER = re.compile(r"\{(seed|variant|run|output|flags|done|result|python)\}")
-_KEYS = ("command", "eval", "done", "resume", "seeds", "variants", "clusters", "mmts", "metrics", "folder")
-_TEXTS = ("command", "eval", "done", "resume", "clusters", "mmts", "folder")
+LONGEST = 100_000  # characters of a plan file, and so of any command; parsing YAML is slow
+_MOST_RUNS = 10_000
+_SEED = Field(WHOLE, least=0, most=2**32 - 1)  # NumPy's, which hosts seed too
+_NAME = Field(TEXT, longest=100)  # a variant's: it becomes files
+_FLAGS = Field(TEXT, null=True, empty=True, longest=LONGEST)
+_FIELDS = {
+    "command": Field(TEXT, longest=LONGEST),
+    "eval": Field(TEXT, longest=LONGEST),
+    "done": Field(TEXT),
+    "resume": _FLAGS,
+    "seeds": Field(WHOLES),
+    "variants": Field(MAPPING, null=True),
+    "clusters": Field(TEXT, null=True),
+    "mmts": _FLAGS,
+    "metrics": Field(TEXTS, null=True, empty=True),
+    "folder": Field(TEXT),
+}
+_REQUIRED = ("command", "eval", "done")
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,7 @@ class Run:
         variant, seed: which one.
         name: of files and of the host's run, ``TS-ICS-seed0``.
         command: the training command as a list of arguments; ``resumed`` the same for a run that died.
-        done: the file that a finished training leaves.
+        done: the file that a finished training leaves; ``own_folder``: nothing of other runs is beside it.
         evaluation: the evaluating command.
         result: the file that it writes.
     """
@@ -41,6 +59,7 @@ class Run:
     done: Path
     evaluation: list[str]
     result: Path
+    own_folder: bool
 
 
 @dataclass(frozen=True)
@@ -69,19 +88,33 @@ def read(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: missing, not YAML, or with a key that means nothing.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such plan file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    with reading(path, "cannot be read as a plan", ConfigError):
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ConfigError(f"{path}: longer than {LONGEST} characters: no plan")
+        content = yaml.load(text, _Loader)  # a SafeLoader
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys and values, such as command: and eval:")
-    for key in content:
-        if key not in _KEYS:
-            raise ConfigError(f"{path}: unknown key {key!r}; known: {', '.join(_KEYS)}")
+        raise ConfigError(f"{path}: expected keys and values, such as command: and eval:, not {shown(content)}")
+    content = check_mapping(path, content, _FIELDS, what="key")
     # As relative paths in the file are meant.
     return {**content, "folder": str(Path(path).parent / content.get("folder", "."))}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice, nor by ``<<``, with which 500 bytes can ask for any amount of memory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        known = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise ValueError(f"line {key.start_mark.line + 1}: << is not taken here; write the keys out")
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, Hashable):
+                if name in known:
+                    raise ValueError(f"line {key.start_mark.line + 1}: {shown(name)} is given twice")
+                known.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def make(content: dict[str, Any], output: str) -> Plan:
@@ -90,33 +123,28 @@ def make(content: dict[str, Any], output: str) -> Plan:
     Raises:
         ConfigError: a key is missing or has a value that cannot be used.
     """
-    for key in _TEXTS:
-        if content.get(key) is not None and not isinstance(content[key], str):
-            raise ConfigError(f"{key}: expected text, not {content[key]!r}")
-    for key in ("command", "eval", "done"):
-        if not content.get(key):
-            raise ConfigError(f"the plan has no {key!r}; see mmts compare --help")
-    seeds = content.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ConfigError(f"seeds: expected a list of whole numbers, not {seeds!r}")
+    content = check_mapping("the plan", content, _FIELDS, _REQUIRED, what="key")
+    seeds = [_SEED.check("one of seeds", seed) for seed in content.get("seeds", [0])]
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds: {seeds} holds a number twice")
+        raise ConfigError(f"seeds: {shown(seeds)} holds a number twice")
     if "{seed}" not in content["command"] and len(seeds) > 1:
         raise ConfigError("command: has no {seed}, so all seeds would be the same run")
     variants = _variants(content)
-    names = [_slug(variant) for variant in variants]
+    names = [_slug(variant).casefold() for variant in variants]
     if len(set(names)) < len(names):
         raise ConfigError(f"variants: the names {', '.join(variants)} are too much alike for file names")
+    if len(seeds) * len(variants) > _MOST_RUNS:
+        raise ConfigError(f"{len(variants)} variants and {len(seeds)} seeds are more than {_MOST_RUNS} runs")
     if "{run}" not in content["done"] and len(seeds) * len(variants) > 1:
         raise ConfigError("done: has no {run}, so all runs would share one file")
-    metrics = content.get("metrics", [])
-    if not isinstance(metrics, list) or not all(isinstance(name, str) for name in metrics):
-        raise ConfigError(f"metrics: expected a list of names, not {metrics!r}")
+    for word in ("{flags}", "{done}", "{result}"):
+        if word in content["done"]:
+            raise ConfigError(f"done: {word} cannot stand in a file's name")
     folder, target = Path(content.get("folder", ".")).absolute(), Path(output).absolute()
     runs = [
         _run(content, variant, flags, seed, folder, target) for seed in seeds for variant, flags in variants.items()
     ]
-    return Plan(runs, list(variants), seeds, metrics, folder, target)
+    return Plan(runs, list(variants), seeds, content.get("metrics") or [], folder, target)
 
 
 def _variants(content: dict[str, Any]) -> dict[str, str]:
@@ -135,11 +163,13 @@ def _variants(content: dict[str, Any]) -> dict[str, str]:
         }
     if table or content.get("mmts"):
         raise ConfigError("variants: says all flags itself; drop clusters: and mmts:")
-    if not isinstance(given, dict) or not given:
-        raise ConfigError("variants: expected names with flags, such as plain: ''")
+    if not given:
+        raise ConfigError("variants: is empty: expected names with flags, such as plain: ''")
     for name, flags in given.items():
-        if not isinstance(name, str) or not (isinstance(flags, str) or flags is None) or "|" in name:
-            raise ConfigError(f"variants: {name!r}: {flags!r}: expected a name (without |) and flags as text")
+        _NAME.check("a name in variants (in quotes, if YAML takes it for something else)", name)
+        _FLAGS.check(f"variants: {name}", flags)
+        if "|" in name or not name.isprintable():
+            raise ConfigError(f"variants: {shown(name)}: a name goes into a table and cannot hold | or line breaks")
     return {name: flags or "" for name, flags in given.items()}
 
 
@@ -155,29 +185,48 @@ def _run(content: dict[str, Any], variant: str, flags: str, seed: int, folder: P
     }
     values["done"] = _filled(content["done"], values)
 
-    def arguments(template: str, key: str) -> list[str]:
-        try:
-            parts = shlex.split(template)
-        except ValueError as error:
-            raise ConfigError(f"{key}: the quotes do not match: {error}") from error
-        # {flags} alone stands for several arguments; all other values stay within theirs, blanks and all.
-        return [
-            filled
-            for part in parts
-            for filled in (arguments(flags, "variants") if part == "{flags}" else [_filled(part, values)])
-        ]
+    own_flags = [_filled(part, values) for part in _words(flags, f"variants: {variant}", flags=False)]
 
-    command = arguments(content["command"] + ("" if "{flags}" in content["command"] else " {flags}"), "command")
+    def arguments(key: str, flags: bool = False) -> list[str]:
+        # {flags} alone stands for several arguments; all other values stay within theirs, blanks and all.
+        parts = _words(content.get(key) or "", key, flags)
+        filled = [each for part in parts for each in (own_flags if part == "{flags}" else [_filled(part, values)])]
+        if key in _REQUIRED and (not filled or not filled[0]):
+            raise ConfigError(f"{key}: its first word, which is to be started, is empty")
+        return filled
+
+    command = arguments("command", flags=True)
+    if "{flags}" not in content["command"]:
+        command += own_flags
     return Run(
         variant,
         seed,
         name,
         command,
-        [*command, *arguments(content.get("resume") or "", "resume")],
+        [*command, *arguments("resume")],
         folder / values["done"],
-        arguments(content["eval"], "eval"),
+        arguments("eval", flags=True),
         Path(values["result"]),
+        "{run}" in os.path.dirname(content["done"]),
     )
+
+
+def _words(template: str, key: str, flags: bool) -> list[str]:
+    """The arguments of a command line.
+
+    Raises:
+        ConfigError: its quotes do not match, or ``{flags}`` stands where it would be left as it is.
+    """
+    try:
+        parts = shlex.split(template)
+    except ValueError as error:
+        raise ConfigError(f"{key}: the quotes do not match: {error}") from error
+    for part in parts:
+        if "{flags}" in part and not flags:
+            raise ConfigError(f"{key}: {{flags}} has no meaning there")
+        if "{flags}" in part and part != "{flags}":
+            raise ConfigError(f"{key}: {shown(part)}: {{flags}} stands for several words and must be one by itself")
+    return parts
 
 
 def _filled(template: str, values: dict[str, str]) -> str:
@@ -190,10 +239,19 @@ def _slug(variant: str) -> str:
 
 
 def launched(command: Sequence[str], launcher: Optional[str]) -> list[str]:
-    """The command under a scheduler: behind the launcher, or quoted in the place of ``{command}``."""
-    if not launcher:
+    """The command under a scheduler: behind the launcher, or quoted in the place of ``{command}``.
+
+    Raises:
+        ConfigError: the launcher is no command.
+    """
+    if launcher is None:
         return list(command)
-    parts = shlex.split(launcher)
+    try:
+        parts = shlex.split(launcher)
+    except ValueError as error:
+        raise ConfigError(f"--launcher: the quotes do not match: {error}") from error
+    if not parts or not parts[0]:
+        raise ConfigError(f"--launcher {shown(launcher)}: names no command")
     if any("{command}" in part for part in parts):
         return [part.replace("{command}", shlex.join(command)) for part in parts]
     return [*parts, *command]

@@ -7,50 +7,70 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Optional
 
 from .._files import replacing
-from ..errors import MMTSError
+from ..errors import MMTSError, one_line, reading, shown
+from ..fields import NUMBER, TEXT, Field
 from .plan import Plan
 
 GROUPS = ("all", "head", "mid", "tail")
 NAME = "compare"
+FINISHED = "finished"  # trained and evaluated
+_NAME, _NUMBER = Field(TEXT, longest=200), Field(NUMBER)
 _SHOWN = ("_R@1", "_R@5", "_R@10", "_mAP", "_nDCG", "_top1", "_top5", "_class_mean")
 
 Values = dict[str, dict[str, dict[str, dict[int, float]]]]
 """``[variant][metric][group][seed]``."""
 
 
-def collect(plan: Plan) -> Values:
-    """The values of all evaluations that there are.
+def collect(plan: Plan, finished: Collection[str]) -> Values:
+    """The values of the evaluations that have ended.
+
+    Args:
+        plan: whose.
+        finished: the names of their runs; a file of another may be half written.
 
     Raises:
-        MMTSError: a file is not of the form ``{"metrics": {name: number or {"value": number, "head": ...}}}``.
+        MMTSError: a file is damaged, see :func:`metrics`.
     """
     values: Values = {variant: {} for variant in plan.variants}
     for run in plan.runs:
-        if not run.result.exists():
+        if run.name not in finished or not run.result.exists():
             continue
-        for name, entry in _metrics(run.result).items():
-            groups = entry if isinstance(entry, dict) else {"value": entry}
-            for group in GROUPS:
-                part = groups if group == "all" else groups.get(group)
-                number = part.get("value") if isinstance(part, dict) else None
-                if isinstance(number, (int, float)) and math.isfinite(number):
-                    of_metric = values[run.variant].setdefault(name, {})
-                    of_metric.setdefault(group, {})[run.seed] = float(number)
+        for name, groups in metrics(run.result).items():
+            for group, number in groups.items():
+                values[run.variant].setdefault(name, {}).setdefault(group, {})[run.seed] = number
     return values
 
 
-def _metrics(path: Path) -> dict[str, Any]:
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MMTSError(f"{path}: not an evaluation with 'metrics', such as mmts eval writes: {error!r}") from error
-    if not isinstance(metrics, dict):
-        raise MMTSError(f"{path}: 'metrics' is not an object of names and values")
-    return metrics
+def metrics(path: Path) -> dict[str, dict[str, float]]:
+    """``[metric][group]`` of an evaluation; what was not measured (null, NaN) is left out.
+
+    Raises:
+        MMTSError: the file is not of the form ``{"metrics": {name: number or {"value": number, "head": ...}}}``.
+    """
+    what = "not an evaluation with 'metrics', such as mmts eval writes (delete it to have it made again)"
+    with reading(path, what):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+        raise MMTSError(f"{path}: {what}: {shown(content)}")
+    found: dict[str, dict[str, float]] = {}
+    for name, entry in content["metrics"].items():
+        _NAME.check(f"{path}: the name of a metric", name, MMTSError)
+        groups = entry if isinstance(entry, dict) else {"value": entry}
+        parts = {"all": groups, **{group: groups.get(group) for group in GROUPS[1:]}}
+        for group, part in parts.items():
+            where = f"{path}: {group} of metric {shown(name)}"
+            if part is not None and not isinstance(part, dict):
+                raise MMTSError(f"{where} is {shown(part)}: it must be an object with a value")
+            number = (part or {}).get("value")
+            if number is None or (isinstance(number, float) and not math.isfinite(number)):
+                continue
+            found.setdefault(name, {})[group] = _NUMBER.check(where, number, MMTSError)
+    return found
 
 
 def summary(values: Values, baseline: str) -> dict[str, Any]:
@@ -88,7 +108,7 @@ def markdown(plan: Plan, found: dict[str, Any], table_metrics: Optional[list[str
     for group in groups:
         if len(groups) > 1:
             lines += [*([""] if lines else []), f"**{group}**", ""]
-        rows = [["", "seeds", *metrics]]
+        rows = [["", "seeds", *(one_line(name).replace("|", "\\|") for name in metrics)]]
         for variant, of_metric in found.items():
             entries = [of_metric.get(name, {}).get(group) for name in metrics]
             rows.append([variant, _seeds(entries), *(_cell(e, n) for e, n in zip(entries, metrics))])
@@ -126,7 +146,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 def write(plan: Plan, state: dict[str, Any]) -> str:
     """Write ``compare.md``, ``compare.json`` and ``compare.csv`` of what is there; the Markdown is returned."""
-    values = collect(plan)
+    values = collect(plan, {name for name, known in state.items() if known["status"] == FINISHED})
     found = summary(values, plan.variants[0])
     for name in plan.metrics:
         if any(found.values()) and not any(name in metrics for metrics in found.values()):
@@ -150,5 +170,5 @@ def write(plan: Plan, state: dict[str, Any]) -> str:
     contents = {"md": text, "json": json.dumps(document, indent=2) + "\n", "csv": table.getvalue()}
     for suffix, content in contents.items():
         with replacing(plan.output / f"{NAME}.{suffix}") as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     return text
