@@ -316,7 +316,8 @@ def samples(classes=CLASSES):
 
 
 def begun(tmp_path, metadata, *flags, pretraining=False, **more) -> Run:
-    given, _ = split_flags(authors_flags(["--loss", "mmts", *map(str, flags)]))
+    loss = [] if "--loss" in flags else ["--loss", "mmts"]
+    given, _ = split_flags(authors_flags([*loss, *map(str, flags)]))
     run = Run(given, "checkout", pretraining)
     run.begin(arguments(tmp_path, metadata, **more))
     return run

@@ -474,7 +474,7 @@ def test_a_remote_checkpoints_record_is_compared(small_model, data, tmp_path, re
 
 
 def resumed(checkpoint: str, own: Path, **values: object) -> None:
-    _check_resumed(checkpoint, own, {"alpha": 0.04, **values}, allow_change=False)
+    _check_resumed(checkpoint, own, {"alpha": 0.04, **values}, allow_change=False, table=None)
 
 
 def test_where_a_checkpoints_record_is_looked_for(tmp_path, caplog, monkeypatch):

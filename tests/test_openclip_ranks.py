@@ -57,7 +57,7 @@ def check(ranks, local: bool, total: int, data) -> None:
                 ) / 2
             else:
                 expected = reference.info_nce(images, texts, tau)
-            assert ranks[rank]["loss"][call] == pytest.approx(float(expected), abs=1e-6)
+            assert ranks[rank]["loss"][call] == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -467,9 +467,9 @@ def test_a_bypassed_seam_stops_the_run(bypassed, data, tmp_path):
     assert expected[bypassed] in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag", ["mmts_key", "mmts_itm_temperature"])
-def test_other_hosts_refuse_what_is_for_vast(flag):
-    flags = {"loss": "mmts", "mmts_no_shifts": True, flag: "host"}
+@pytest.mark.parametrize(("flag", "value"), [("mmts_key", "id"), ("mmts_itm_temperature", "host")])
+def test_other_hosts_refuse_what_is_for_vast(flag, value):
+    flags = {"loss": "mmts", "mmts_no_shifts": True, flag: value}
     with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} is for VAST"):
         resolve(flags, "mmts-infonce", {"mmts-infonce": "clip-cc3m"})
 
