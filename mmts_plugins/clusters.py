@@ -529,7 +529,7 @@ def whole_info(source: Path, files: Sequence[Path], infos: Sequence[dict[str, An
     """
     first = infos[0]
     # The word that a table's parts share says all; without it (format 1, other writers) the whole recipe must agree.
-    shared = ("format", "kind", "table", "clusters", "samples", "parts") if "table" in first else {*first}
+    shared = ("format", "kind", "clusters", "samples", "parts") if "table" in first else {*first}
     for file, info in zip(files[1:], infos[1:]):
         names = {*shared, *(() if "table" in first else info), "table"} - {*_OF_A_PART, *_OF_A_RUN}
         for name in sorted(names):

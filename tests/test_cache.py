@@ -381,6 +381,19 @@ def test_a_folder_that_others_may_write_to_is_not_used(home, kind, mode, caplog)
     assert f"{home} cannot serve as a cache (it can be written to by others; chmod go-w it)" in warning
 
 
+def test_the_folder_may_be_a_link_to_one_that_is_this_users_alone(home, tmp_path, monkeypatch, caplog):
+    kind = Embeddings(tmp_path, monkeypatch)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk").chmod(0o700)
+    home.symlink_to(tmp_path / "disk")
+    assert kind.get() == kind.get() == kind.expected
+    assert kind.builds == 1
+    (tmp_path / "disk").chmod(0o770)
+    assert kind.get() == kind.expected
+    assert kind.builds == 2
+    assert "can be written to by others" in caplog.text
+
+
 @pytest.mark.parametrize("spoil", ["another's", "a file", "below a file", "a name too long", "read-only"])
 def test_a_folder_that_cannot_be_used(home, kind, spoil, caplog, monkeypatch):
     if spoil == "another's":
@@ -490,17 +503,26 @@ def alike_pair(keys: list[str]) -> list[str]:
 def test_an_index_is_of_one_tokenizer(home):
     expected = SIZES[CLUSTER].tolist()
     assert frequencies(TokenLookup(table(), tokenizer, 0, CPU)) == expected
-    assert frequencies(TokenLookup(table(), tokenizer, 1, CPU)) == expected  # another padding
-    assert len(list(home.glob("tokens-*"))) == 2
-    shifted = TokenLookup(table(), lambda captions: tokenizer(captions) + 1, 0, CPU)
+
+    def one_full_row(captions: list[str]) -> torch.Tensor:
+        tokens = tokenizer(captions)
+        tokens[:, -1] = torch.tensor([1 if caption == KEYS[79] else 2 for caption in captions])
+        return tokens
+
+    for pad_id in (0, 1):  # which counts for this caption alone, and it is no probe
+        assert KEYS[79] not in table().probes(512) + table().longest
+        find = TokenLookup(table(), one_full_row, pad_id, CPU)
+        assert find.frequencies[find(one_full_row(KEYS))].tolist() == expected
     assert len(list(home.glob("tokens-*"))) == 3
+    shifted = TokenLookup(table(), lambda captions: tokenizer(captions) + 1, 0, CPU)
+    assert len(list(home.glob("tokens-*"))) == 4
     assert shifted.frequencies[shifted(tokenizer(KEYS) + 1)].tolist() == expected
     # Another context length shows in the longest captions alone.
     long = table(keys=alike(77, "a caption so long that it is cut"))
     assert long.keys[77].as_py() not in long.probes(512)
     TokenLookup(long, tokenizer, 0, CPU)
     TokenLookup(long, lambda captions: tokenizer([caption[:23] for caption in captions]), 0, CPU)
-    assert len(list(home.glob("tokens-*"))) == 5
+    assert len(list(home.glob("tokens-*"))) == 6
 
 
 def test_a_large_table_is_known_by_its_path_and_each_files_name_length_time_and_place():

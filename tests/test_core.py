@@ -96,6 +96,7 @@ def test_table_survives_the_file(tmp_path):
     assert loaded.info["encoder"] == "tfidf"
     assert loaded.content_hash == table().content_hash
     assert table(frequency=[5.0, 3.0, 3.5]).content_hash != loaded.content_hash
+    assert table(count=[5, 1, 2]).content_hash != loaded.content_hash
     assert table(kind="class").content_hash != loaded.content_hash
     assert table(keys=["a", "bc", ""]).content_hash != loaded.content_hash
 

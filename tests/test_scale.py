@@ -93,6 +93,33 @@ def test_the_stages_make_the_table_that_the_local_engine_makes(
     assert parts.info["stability"]["verdict"] in capsys.readouterr().out
 
 
+def test_every_part_names_its_table_and_its_place(serial: type[Serial], folder: Path, tmp_path: Path) -> None:
+    flags = ["--format", "parquet", *COMMON, "--engine", "ray"]
+    cluster(folder, *flags, "-o", tmp_path / "one")
+    cluster(folder, *flags, "-o", tmp_path / "again")
+    cluster(folder, *flags, "--seed", 1, "-o", tmp_path / "seed")
+    other = tmp_path / "other"
+    other.mkdir()  # the same clusters and counts of other captions: the encoder sees no order of words
+    pq.write_table(pa.table({"caption": [" ".join(reversed(text.split())) for text in texts()]}), other / "a.parquet")
+    cluster(other, *flags, "-o", tmp_path / "turned")
+    words = {}
+    for name in ("one", "again", "seed", "turned"):
+        infos = [json.loads(pq.read_schema(part).metadata[b"mmts"]) for part in sorted((tmp_path / name).iterdir())]
+        assert [info["part"] for info in infos] == list(range(len(infos)))
+        assert {info["parts"] for info in infos} == {len(infos)}
+        assert len(infos) > 2
+        assert len({info["content_hash"] for info in infos}) == len(infos)
+        (words[name],) = {info["table"] for info in infos}
+    assert words["one"] == words["again"]
+    assert len(set(words.values())) == 3
+    part = "part-000001.parquet"
+    (tmp_path / "one" / part).write_bytes((tmp_path / "again" / part).read_bytes())
+    assert rows(tmp_path / "one") == rows(tmp_path / "again")
+    (tmp_path / "one" / part).write_bytes((tmp_path / "seed" / part).read_bytes())
+    with pytest.raises(TableError, match="are of different tables: 'table' is"):
+        ClusterTable.load(tmp_path / "one")
+
+
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_killed_run_goes_on_from_the_finished_parts(
     serial: type[Serial], folder: Path, tmp_path: Path, stage: str
