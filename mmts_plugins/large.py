@@ -219,6 +219,7 @@ def _read_through(source: Path, files: Sequence[Path], rows: int) -> dict[str, A
     for file in files:
         with opened(file) as parquet:
             infos.append(part_info(parquet.schema_arrow, file))
+            read_columns(file, parquet.schema_arrow.empty_table(), COLUMNS)  # also of a part without rows
             names.append(columns_of(parquet))
             groups.append(parquet.num_row_groups)
     info = whole_info(source, files, infos)

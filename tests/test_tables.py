@@ -296,6 +296,13 @@ def test_parts_may_be_empty_and_of_other_types(tmp_path, opened):
     assert {"a dog", ""} <= set(table.probes(8)) <= set(COLUMNS["keys"])
 
 
+def test_an_empty_part_of_another_type(tmp_path, opened):
+    write(tmp_path / "t" / "a.parquet", arrow(slice(0, 0)).set_column(1, "cluster", pa.array([], pa.date32())))
+    write(tmp_path / "t" / "b.parquet", arrow())
+    with pytest.raises(TableError, match=r"a\.parquet: column 'cluster' has the wrong type: 'date32.day.'"):
+        opened(tmp_path / "t")
+
+
 HUGE = 2**31 - 1
 
 
