@@ -435,6 +435,13 @@ def test_a_table_that_changes_while_it_is_read_in_a_stream(tmp_path, monkeypatch
     assert not list((tmp_path / "cache" / "tables").glob("*.json"))
 
 
+def test_thirds_of_frequencies_that_are_nearly_equal(tmp_path, opened):
+    """Less than a 65,536th of the range lies between two of them."""
+    made(keys=list("abc"), cluster=[0, 0, 0], frequency=[1.0, 1.00001, 2.0], count=[1, 1, 1]).save(tmp_path / "t")
+    summary = opened(tmp_path / "t").summary
+    assert summary[:2] + summary[3:] == (1.0, 2.0, 2.0, 1.00001, 1.0, 2.0, 1.00001)
+
+
 def test_the_layout_is_the_one_that_is_documented(tmp_path):
     path = tmp_path / "t.parquet"
     made(info={"k": 3}).save(path)
