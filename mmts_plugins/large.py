@@ -219,6 +219,7 @@ def _read_through(source: Path, files: Sequence[Path], rows: int) -> dict[str, A
     for file in files:
         with opened(file) as parquet:
             infos.append(part_info(parquet.schema_arrow, file))
+            read_columns(file, parquet.schema_arrow.empty_table(), COLUMNS)  # also of a part without rows
             names.append(columns_of(parquet))
             groups.append(parquet.num_row_groups)
     info = whole_info(source, files, infos)
@@ -256,25 +257,35 @@ def _read_through(source: Path, files: Sequence[Path], rows: int) -> dict[str, A
         "rows": rows,
         "clusters": clusters,
         "samples": samples,
-        "summary": _summary(files, float(low), float(high), samples, total)._asdict(),
+        "summary": _summary(files, distinct, float(low), float(high), samples, total)._asdict(),
         "levels": levels.tolist(),
         "longest": longest,
         "groups": digests,
     }
 
 
-def _summary(files: Sequence[Path], low: float, high: float, samples: int, total: float) -> Summary:
-    """Means of the thirds from a histogram: within a 65,536th of the range."""
+def _summary(
+    files: Sequence[Path], distinct: np.ndarray, low: float, high: float, samples: int, total: float
+) -> Summary:
+    """Exact where all ``distinct`` frequencies are known; else the thirds come from a histogram, within a 65,536th of
+    the range."""
     if low == high:
         return Summary(low, high, low, low, low, low, np.inf, low)
-    mass, weighted = np.zeros(_BINS), np.zeros(_BINS)
+    exact = len(distinct) <= LEVELS
+    bins = len(distinct) if exact else _BINS
+    mass, weighted = np.zeros(bins), np.zeros(bins)
     for batch in _batches(files, ["frequency", "count"]):
         frequency, count = batch["frequency"], batch["count"]
-        place = np.clip(((frequency - low) / (high - low) * _BINS).astype(np.int64), 0, _BINS - 1)
-        mass += np.bincount(place, count, _BINS)
-        weighted += np.bincount(place, frequency * count, _BINS)
+        if exact:
+            place = np.searchsorted(distinct, frequency)
+        else:
+            place = ((frequency - low) / (high - low) * bins).astype(np.int64)
+        place = np.clip(place, 0, bins - 1)
+        mass += np.bincount(place, count, bins)
+        weighted += np.bincount(place, frequency * count, bins)
     used = np.flatnonzero(mass)[::-1]
-    table = ClusterTable.build([str(bin) for bin in used], used * 0, weighted[used] / mass[used], mass[used])
+    frequency = distinct[used] if exact else weighted[used] / mass[used]
+    table = ClusterTable.build([str(bin) for bin in used], used * 0, frequency, mass[used])
     return Summary(low, high, total / samples, *table.third_means(table.frequency), *table.third_borders())
 
 

@@ -320,7 +320,7 @@ def test_large_tables_are_indexed_once(tmp_path, monkeypatch, caplog):
         return word_tokenizer(batch)
 
     again = TokenLookup(concepts, counting, 0, torch.device("cpu"))
-    assert len(tokenized) == 512 + 64 + (512 // 8 + 64 + 8 * 8)  # probes and the longest, and some again
+    assert len(tokenized) == 512 + 64 + (512 // 8 + 64 + 8 * 32)  # probes and the longest, and some again
     tokens = word_tokenizer(captions)
     assert torch.equal(first(tokens), again(tokens))
     assert first.frequencies[first(tokens)].tolist() == concepts.frequency.tolist()

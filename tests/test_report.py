@@ -99,7 +99,8 @@ def test_a_plan_may_break_a_guard_and_says_so() -> None:
 )
 def test_schedule_resolves_what_the_host_would(argv: list[str], data: Data, tmp_path: Path) -> None:
     captions = split_flags([*argv, "--mmts-clusters", str(data.table)])[0]
-    assert resolve_for("openclip", captions)[0] == openclip.Run(captions, argparse.Namespace(model="ViT-B-32")).config
+    host = argparse.Namespace(model="ViT-B-32", accum_freq=1, train_data="train.tsv")
+    assert resolve_for("openclip", captions)[0] == openclip.Run(captions, host).config
     counts = tmp_path / "counts.csv"
     counts.write_text("class_id,count\n0,30\n1,5\n")
     classes = split_flags([*argv, "--mmts-clusters", str(counts)])[0]

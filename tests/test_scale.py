@@ -229,7 +229,6 @@ def test_a_large_table_is_the_same_table(parts: Path) -> None:
     assert isinstance(seen, large.LargeTable)
     assert (len(seen), seen.content_hash, seen.kind) == (len(whole), whole.content_hash, whole.kind)
     assert (seen.clusters, seen.samples) == (whole.clusters, whole.samples)
-    # The thirds come from a histogram of 65,536 bins; frequencies of one bin are equal here.
     assert tuple(seen.summary) == pytest.approx(tuple(whole.summary), rel=1e-9)
 
     device = torch.device("cpu")

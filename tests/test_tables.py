@@ -296,6 +296,13 @@ def test_parts_may_be_empty_and_of_other_types(tmp_path, opened):
     assert {"a dog", ""} <= set(table.probes(8)) <= set(COLUMNS["keys"])
 
 
+def test_an_empty_part_of_another_type(tmp_path, opened):
+    write(tmp_path / "t" / "a.parquet", arrow(slice(0, 0)).set_column(1, "cluster", pa.array([], pa.date32())))
+    write(tmp_path / "t" / "b.parquet", arrow())
+    with pytest.raises(TableError, match=r"a\.parquet: column 'cluster' has the wrong type: 'date32.day.'"):
+        opened(tmp_path / "t")
+
+
 HUGE = 2**31 - 1
 
 
@@ -426,6 +433,13 @@ def test_a_table_that_changes_while_it_is_read_in_a_stream(tmp_path, monkeypatch
     with pytest.raises(TableError, match="changed while it was read"):
         large.open_table(path)
     assert not list((tmp_path / "cache" / "tables").glob("*.json"))
+
+
+def test_thirds_of_frequencies_that_are_nearly_equal(tmp_path, opened):
+    """Less than a 65,536th of the range lies between two of them."""
+    made(keys=list("abc"), cluster=[0, 0, 0], frequency=[1.0, 1.00001, 2.0], count=[1, 1, 1]).save(tmp_path / "t")
+    summary = opened(tmp_path / "t").summary
+    assert summary[:2] + summary[3:] == (1.0, 2.0, 2.0, 1.00001, 1.0, 2.0, 1.00001)
 
 
 def test_the_layout_is_the_one_that_is_documented(tmp_path):

@@ -209,7 +209,7 @@ def columns(draw: Any, without_counts: bool) -> tuple[list[str], list[pa.Array]]
 
 
 def plain(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 @fuzz(parts=st.booleans().flatmap(lambda bare: st.lists(columns(bare), min_size=1, max_size=2)))
@@ -220,18 +220,19 @@ def test_columns(sound: Path, both: Any, parts: Any):
     folder.mkdir()
     for number, (names, arrays) in enumerate(parts):
         pq.write_table(pa.Table.from_arrays(arrays, names), folder / f"{number}.parquet")
+    keys = [str(plain(value)) for value in _values(parts, "key")]
     table, seen = (survives(lambda streamed=streamed: both(folder, streamed)) for streamed in (False, True))
     if table is None:
-        assert seen is None or len(set(_values(parts, "key"))) < len(_values(parts, "key"))
+        assert seen is None or len(set(keys)) < len(keys)  # which is noticed only in tables that are loaded
         return
-    assert [str(plain(value)) for value in _values(parts, "key")] == table.keys.to_pylist()
+    assert keys == table.keys.to_pylist()
     assert _values(parts, "cluster") == table.cluster.tolist()
     assert [float(value) for value in _values(parts, "frequency")] == table.frequency.tolist()
     assert (_values(parts, "count") or [1] * len(table)) == table.count.tolist()
     assert seen is not None
     assert (seen.content_hash, seen.legacy_hash, len(seen), seen.samples, seen.clusters) == (
         table.content_hash, table.legacy_hash, len(table), table.samples, table.clusters)  # fmt: skip
-    assert np.allclose(seen.summary, table.summary, rtol=1e-3, equal_nan=True)
+    assert np.allclose(seen.summary, table.summary, rtol=1e-9, atol=0)
     assert legacy_hash(table.kind, lambda name: [table._columns[name]]) == table.legacy_hash
 
 
@@ -328,9 +329,10 @@ def test_parts(sound: Path, both: Any, old: bool, steps: Any, streamed: bool):
                                                       each.frequency.tolist(), each.count.tolist())}
                for each in (TRUE, OTHER)]  # fmt: skip
     found = {key: (row["cluster"], row["frequency"], row["count"]) for key, row in read.items()}
-    whole = sorted(path.name for path in folder.glob("*.parquet")) == ["part-0.parquet"]
-    assert found in allowed or whole, steps
-    assert table.samples == sum(row["count"] for row in read.values())
+    # Without metadata (another tool's) nothing tells which parts belong together.
+    unnamed = not any(b"mmts" in (pq.read_schema(part).metadata or {}) for part in folder.glob("*.parquet"))
+    assert found in allowed or unnamed, steps
+    assert unnamed or table.samples == sum(row["count"] for row in read.values())
 
 
 # --- caches
