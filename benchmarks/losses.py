@@ -3,27 +3,34 @@
     python benchmarks/losses.py                       # N = 256 ... 4096, time ratios and memory
     python benchmarks/losses.py --sizes 8192 16384 32768 65536 --only ours --rounds 0 --limit-gb 1
     python benchmarks/losses.py --output results      # results.json, results.md, results.png
+    python benchmarks/losses.py --ranks 2 --sizes 1024 2048   # N of each rank; with what each rank sends
 
 All implementations take turns, round by round, in one process; a ratio is the median over rounds of the paired ratios
 of process CPU time (with one thread that hardly depends on other jobs of the machine). Memory is the peak of live bytes
-in torch's CPU allocator during one forward and backward, inputs excluded, gradients included: a count.
+in torch's CPU allocator during one forward and backward, inputs excluded, gradients included: a count. With ``--ranks``
+every rank is a gloo process of this machine; what it sends is what it writes to its sockets, counted by the system.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmts_plugins.functional import info_nce, max_margin
+from mmts_plugins.losses import InfoNCELoss, MaxMarginLoss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -167,6 +174,61 @@ def measure(sizes: list[int], dimension: int, rounds: int, only: str, limit_gb: 
     return rows
 
 
+def _sent() -> int:
+    """Bytes that this process has written: to sockets, as it writes no files meanwhile. Linux only."""
+    text = Path("/proc/self/io").read_text()
+    return int(text.split("wchar: ")[1].split()[0])
+
+
+def _on_rank(rank: int, ranks: int, meeting: str, n: int, dimension: int, rounds: int) -> None:
+    from open_clip.loss import ClipLoss
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    low, high = (0.05, 0.10), (0.195, 0.205)
+    rows = []
+    for local in (True, False):
+        flags = {"local_loss": local, "gather_with_grad": True, "rank": rank, "world_size": ranks}
+        clip, scale = ClipLoss(**flags), torch.tensor(1 / 0.07)
+        chosen: dict[str, tuple[Loss, float, tuple[float, float]]] = {
+            "ClipLoss (OpenCLIP)": (lambda i, t, _, clip=clip, scale=scale: clip(i, t, scale), 0.3, low),
+            "InfoNCE": (InfoNCELoss(**flags), 0.3, low),
+            "max-margin, 50% active": (MaxMarginLoss(**flags), 0.2, high),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in chosen}
+        sent: dict[str, int] = {}
+        for number in range(rounds + 1):
+            for name, (loss, positive, (first, last)) in chosen.items():
+                images, texts = (x[:n].clone().requires_grad_() for x in pairs(n + rank, dimension, positive))
+                temperature = torch.linspace(first, last, n)
+                dist.barrier()
+                before, begin = _sent(), time.process_time()
+                loss(images, texts, temperature).backward()
+                if number:
+                    seconds[name].append(time.process_time() - begin)
+                sent[name] = _sent() - before
+        clip_name = next(iter(chosen))
+        for name in chosen:
+            ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[clip_name]))
+            share = sent[name] / sent[clip_name]
+            rows.append([n, "yes" if local else "no", name, statistics.median(seconds[name]), ratio, sent[name], share])
+    if rank == 0:
+        for row in rows:
+            print("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row) + " |", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that shuts down in order
+
+
+def measure_on_ranks(ranks: int, sizes: list[int], dimension: int, rounds: int) -> None:
+    """With ``gather_with_grad``: seconds, their ratio to ClipLoss's, bytes that a rank sends, and their ratio."""
+    columns = ("n per rank", "local_loss", "loss", "seconds", "to ClipLoss", "bytes sent", "to ClipLoss")
+    print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|", flush=True)
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(_on_rank, (ranks, f"{folder}/meeting", n, dimension, rounds), nprocs=ranks)
+
+
 COLUMNS = ("n", "loss", "seconds", "to ClipLoss", "to explicit max-margin", "to three products", "megabytes")
 
 
@@ -213,6 +275,7 @@ def main() -> None:
         help="counted rounds after one warm-up (default: 5); 0 takes the time of the one run that counts memory",
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="gloo processes of one thread each; the sizes are theirs")
     parser.add_argument("--only", choices=("all", "ours"), default="all")
     parser.add_argument(
         "--limit-gb", type=float, default=8, help="leave out what needs more than this for its N x N matrices"
@@ -221,6 +284,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.ranks > 1:
+        measure_on_ranks(args.ranks, args.sizes, args.dimension, args.rounds)
+        return
     print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
     rows = json.loads(args.append.read_text())["rows"] if args.append else []
     rows += measure(args.sizes, args.dimension, args.rounds, args.only, args.limit_gb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -203,6 +204,40 @@ def test_compiles_without_a_graph_break(kind):
     loss = KINDS[kind]()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert compiled(images, texts, tau).item() == pytest.approx(loss(images, texts, tau).item(), rel=1e-6)
+
+
+def compiled_and_eager(rank, world):
+    """Loss and gradients of a step, as they are and compiled whole, for every kind and pair of flags."""
+    torch.set_num_threads(1)
+    found = []
+    for kind, make in KINDS.items():
+        for local, with_grad in itertools.product([False, True], [False, True]):
+            loss = make(local_loss=local, gather_with_grad=with_grad, rank=rank, world_size=world)
+
+            def step(images, texts, tau, loss=loss):
+                images, texts = (torch.nn.functional.normalize(x, dim=1) for x in (images, texts))
+                return loss(images, texts, tau) * (rank + 1)
+
+            torch._dynamo.reset()
+            steps = []
+            for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+                leaves = [unit(6, 5, 20 + rank).float(), unit(6, 5, 30 + rank).float(), torch.linspace(0.05, 0.3, 6)]
+                leaves = [leaf.requires_grad_() for leaf in leaves]
+                value = function(*leaves)
+                value.backward()
+                steps.append([value.item(), *(leaf.grad.tolist() for leaf in leaves)])
+            found.append((kind, local, with_grad, *steps))
+    return found
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch.compile takes the losses whole from 2.4 on")
+def test_compiles_on_ranks_without_a_graph_break():
+    for per_rank in on_ranks(2, compiled_and_eager):
+        assert len(per_rank) == 4 * len(KINDS)
+        for *which, eager, compiled in per_rank:
+            assert eager[0] > 0
+            for one, other in zip(eager, compiled):
+                np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6, err_msg=str(which))
 
 
 # -- tiles, memory budgets, extremes -----------------------------------------------------------------------------------
