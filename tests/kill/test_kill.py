@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ class Job:
         """Kill it now; whether it was still running."""
         hit = all(child.exitcode is None for child in self._children)
         for child in self._children:
-            if child.exitcode is None:
+            with suppress(ProcessLookupError):  # killed before it had a session of its own
                 os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
             child.join()
         return hit
 
