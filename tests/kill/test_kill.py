@@ -33,7 +33,7 @@ LONG = settings.default.max_examples == settings.get_profile("long").max_example
 KILLS = {"cluster": 14, "report": 12, "compare": 14, "openclip": 10} if LONG else dict.fromkeys(
     ("cluster", "report", "compare", "openclip"), 1
 )  # fmt: skip
-MOST_STARTS = 20  # for each kill wanted: an early end is no kill
+MOST_STARTS = 20  # for each kill wanted: an early end is none
 
 
 def _alone(arguments: list[str], environment: dict[str, str], output: str) -> None:
@@ -73,20 +73,37 @@ class Job:
         return hit
 
 
-def killed_and_ended(name: str, start: Callable[[], Job], seconds: float, check: Callable[[], None]) -> None:
-    """Start it, kill it and look at what is there, as often as this kind wants it; then let it end."""
-    draw = random.Random(name)
-    hits = starts = 0
-    while hits < KILLS[name]:
-        starts += 1
-        assert starts <= MOST_STARTS * KILLS[name], f"{hits} kills in {starts} starts of {seconds:.1f} s"
-        job = start()
-        time.sleep(draw.uniform(0, seconds))
-        hits += job.kill()
-        check()
-    start().end()
-    check()
-    print(f"{name}: {hits} kills in {starts} starts; {seconds:.1f} s without")
+def killed_and_ended(kind: str, start: Callable[[str], Job], seconds: float, check: Callable[[str], None]) -> None:
+    """Start it, kill it, look at what is there and start it again, until it ends by itself; again in another folder
+    until there were as many kills as this kind wants.
+
+    Args:
+        kind: of :data:`KILLS`.
+        start: what is killed, in the folder of this name.
+        seconds: that it takes.
+        check: whether what the folder of this name holds is whole, as far as it is there.
+    """
+    draw = random.Random(kind)
+    hits = starts = rounds = 0
+    while hits < KILLS[kind]:
+        rounds += 1
+        running = True
+        while running and hits < KILLS[kind]:
+            starts += 1
+            assert starts <= MOST_STARTS * KILLS[kind], f"{hits} kills in {starts} starts of {seconds:.1f} s"
+            job = start(f"killed {rounds}")
+            time.sleep(draw.uniform(0, seconds))
+            running = job.kill()
+            hits += running
+            check(f"killed {rounds}")
+    start(f"killed {rounds}").end()
+    check(f"killed {rounds}")
+    print(f"{kind}: {hits} kills in {starts} starts and {rounds} folders; {seconds:.1f} s without")
+
+
+def ended(folder: Path) -> list[Path]:
+    """The folders whose run ended."""
+    return sorted(folder.glob("killed *[0-9]"))
 
 
 def timed(start: Callable[[], Job]) -> float:
@@ -115,16 +132,17 @@ def test_cluster(tmp_path):
         command += ["--runs", "10", "--force", "-o", out]
         return Job(command, tmp_path / f"{name}.txt", MMTS_CACHE=str(tmp_path / f"cache {name}"))
 
-    def check() -> None:
-        if (tmp_path / "killed" / "t.parquet").exists():
-            assert content(tmp_path / "killed" / "t.parquet") == whole
+    def check(name: str) -> None:
+        if (tmp_path / name / "t.parquet").exists():
+            assert content(tmp_path / name / "t.parquet") == whole
 
     seconds = timed(lambda: start("whole"))
     whole = content(tmp_path / "whole" / "t.parquet")
     assert len(whole[0]) > 3000
-    killed_and_ended("cluster", lambda: start("killed"), seconds, check)
-    assert content(tmp_path / "killed" / "t.parquet") == whole
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["t.parquet"]
+    killed_and_ended("cluster", start, seconds, check)
+    for folder in ended(tmp_path):
+        assert content(folder / "t.parquet") == whole
+        assert [path.name for path in folder.iterdir()] == ["t.parquet"]
 
 
 def test_report(tmp_path):
@@ -140,17 +158,18 @@ def test_report(tmp_path):
     def files(name: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir() if path.suffix != ".tmp"}
 
-    def check() -> None:
-        for path in (tmp_path / "killed" / "out").glob("*"):
+    def check(name: str) -> None:
+        for path in (tmp_path / name / "out").glob("*"):
             if path.suffix != ".tmp":
                 assert path.read_bytes() == whole[path.name], path.name
 
     seconds = timed(lambda: start("whole"))
     whole = files("whole")
     assert len(whole["report.html"]) > 50_000
-    killed_and_ended("report", lambda: start("killed"), seconds, check)
-    assert files("killed") == whole
-    assert not list((tmp_path / "killed" / "out").glob("*.tmp"))
+    killed_and_ended("report", start, seconds, check)
+    for folder in ended(tmp_path):
+        assert files(folder.name) == whole
+        assert not list((folder / "out").glob("*.tmp"))
 
 
 TRAINER = """
@@ -176,7 +195,7 @@ with open(folder / "done.pt", "wb", buffering=0) as file:  # slowly, under its o
     import io, zipfile
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
-        archive.writestr("step", str(step + 1))
+        archive.writestr("step", "8")
     file.seek(0)
     file.write(whole.getvalue())
 """
@@ -212,10 +231,10 @@ def test_compare(tmp_path):
     def metrics(name: str) -> Any:
         return json.loads((tmp_path / name / "compare.json").read_text())["metrics"]
 
-    def check() -> None:
+    def check(name: str) -> None:
         """A trainer has ended before the next comparison could start one; a state is whole whenever it is there."""
         deadline = time.monotonic() + 30
-        for path in (tmp_path / "killed" / "runs").glob("*/alone"):
+        for path in (tmp_path / name / "runs").glob("*/alone"):
             with path.open("a") as file:
                 while True:
                     try:
@@ -224,19 +243,20 @@ def test_compare(tmp_path):
                     except BlockingIOError:
                         assert time.monotonic() < deadline, "a trainer outlives its comparison"
                         time.sleep(0.02)
-        if (tmp_path / "killed" / "state.json").exists():
-            json.loads((tmp_path / "killed" / "state.json").read_text())
+        if (tmp_path / name / "state.json").exists():
+            json.loads((tmp_path / name / "state.json").read_text())
 
     started = time.monotonic()
     start("whole").end()
     seconds = time.monotonic() - started
-    killed_and_ended("compare", lambda: start("killed"), seconds, check)
-    assert metrics("killed") == metrics("whole")
+    killed_and_ended("compare", start, seconds, check)
     assert metrics("whole")["mine"]["R@1"]["all"]["mean"] == 0.8
-    states = json.loads((tmp_path / "killed" / "state.json").read_text())["runs"]
-    assert [known["status"] for known in states.values()] == ["finished"] * 4
-    assert not list((tmp_path / "killed").rglob("twice"))
-    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    for folder in ended(tmp_path):
+        assert metrics(folder.name) == metrics("whole")
+        states = json.loads((folder / "state.json").read_text())["runs"]
+        assert [known["status"] for known in states.values()] == ["finished"] * 4
+        assert not list(folder.rglob("twice"))
+        assert not list(folder.glob(".*.tmp"))
 
 
 def test_openclip(tmp_path, small_model, data):
@@ -252,15 +272,13 @@ def test_openclip(tmp_path, small_model, data):
         script = REPOSITORY / "tests" / "recorded_openclip.py"
         return Job([script, tmp_path / f"{name}-record", *flags], tmp_path / f"{name}.txt", ranks=2)
 
-    folder = tmp_path / "killed" / "checkpoints"
-
-    def check() -> None:
+    def check(name: str) -> None:
         """What OpenCLIP was writing when it was killed is torn, and would stop it: its user deletes that."""
-        for path in folder.glob("*.pt"):
+        for path in (tmp_path / name / "checkpoints").glob("*.pt"):
             if torn(path) or not path.stat().st_size:
                 path.unlink()
-        if (folder.parent / "mmts.yaml").exists():
-            assert (folder.parent / "mmts.yaml").read_text() == record
+        if (tmp_path / name / "mmts.yaml").exists():
+            assert (tmp_path / name / "mmts.yaml").read_text() == record
 
     def values(name: str) -> dict[int, Any]:
         """The last that was said of each step, of what depends on the step."""
@@ -274,13 +292,13 @@ def test_openclip(tmp_path, small_model, data):
     start("whole").end()
     seconds = time.monotonic() - started
     record = (tmp_path / "whole" / "mmts.yaml").read_text()
-    killed_and_ended("openclip", lambda: start("killed"), seconds, check)
-    one, other = (
-        torch.load(tmp_path / name / "checkpoints" / "epoch_4.pt", weights_only=True) for name in ("whole", "killed")
-    )
-    assert one["epoch"] == other["epoch"] == 4
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, value in one["state_dict"].items():
-        assert torch.equal(value, other["state_dict"][name]), name
+    killed_and_ended("openclip", start, seconds, check)
+    one = torch.load(tmp_path / "whole" / "checkpoints" / "epoch_4.pt", weights_only=True)
     assert len(values("whole")) == 32
-    assert values("killed") == values("whole")
+    for run in ended(tmp_path):
+        other = torch.load(run / "checkpoints" / "epoch_4.pt", weights_only=True)
+        assert one["epoch"] == other["epoch"] == 4
+        assert one["state_dict"].keys() == other["state_dict"].keys()
+        for name, value in one["state_dict"].items():
+            assert torch.equal(value, other["state_dict"][name]), name
+        assert values(run.name) == values("whole")
