@@ -206,6 +206,39 @@ def test_compiles_without_a_graph_break(kind):
     assert compiled(images, texts, tau).item() == pytest.approx(loss(images, texts, tau).item(), rel=1e-6)
 
 
+def at_a_low_temperature(rank, world):
+    """In float32, where the exponents of a column are far above what can be added without their largest."""
+    images, texts, tau = unit(8 * world, 16, 41), unit(8 * world, 16, 42), torch.full((8 * world,), 2e-3)
+    rows = slice(8 * rank, 8 * rank + 8)
+    loss = InfoNCELoss(gather_with_grad=True, rank=rank, world_size=world)
+    ours = loss(images[rows].float(), texts[rows].float(), tau[rows])
+    return ours.item(), info_nce(images, texts, tau.double()).item()
+
+
+def test_ranks_at_a_low_temperature():
+    for ours, exact in on_ranks(2, at_a_low_temperature):
+        assert exact > 100
+        assert ours == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_row_of_next_to_no_length_is_divided_by_a_constant():
+    images, texts, margin = unit(4, 3, 51), unit(4, 3, 52), torch.full((4,), 0.2, dtype=torch.float64)
+    images[1] *= 1e-10
+    texts[2] *= 1e-9
+    found = []
+    for plain in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (images, texts)]
+        if plain:  # as torch divides, and differentiates
+            loss = max_margin(*(torch.nn.functional.normalize(x, dim=1, eps=1e-8) for x in leaves), margin)
+        else:
+            loss = MaxMarginLoss()(*leaves, margin)
+        loss.backward()
+        found.append([loss.detach(), *(x.grad for x in leaves)])
+    assert found[0][0] > 0
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 def compiled_and_eager(rank, world):
     """Loss and gradients of a step, as they are and compiled whole, for every kind and pair of flags."""
     torch.set_num_threads(1)
