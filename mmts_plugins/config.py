@@ -402,7 +402,7 @@ def load_file(path: PathLike) -> dict[str, Any]:
 
 
 def record(config: Config, total_steps: int, table_hash: Optional[str], host: str, host_version: str) -> dict[str, Any]:
-    """What is written as ``mmts.yaml`` beside the checkpoints: the config, its period in steps, and its sources."""
+    """What is written as ``mmts.yaml`` in the run's folder: the config, its period in steps, and its sources."""
     from . import __version__
 
     return {
