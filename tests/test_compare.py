@@ -25,7 +25,7 @@ import yaml
 from conftest import REPOSITORY, openclip_flags, run_python
 
 from mmts_plugins.cli import _parser, main
-from mmts_plugins.compare import execute
+from mmts_plugins.compare import execute, tables
 from mmts_plugins.compare import lock as locks
 from mmts_plugins.compare import plan as plans
 from mmts_plugins.compare.execute import State
@@ -360,7 +360,11 @@ def test_only_half_checkpoints_of_the_run_are_moved(folder: Path) -> None:
 
 def test_a_folder_that_runs_share_is_left_alone(tmp_path: Path) -> None:
     content = {"command": "x {seed}", "eval": "e", "variants": {"a": ""}, "done": "{output}/{run}.pt"}
-    assert not plans.make(content, str(tmp_path)).runs[0].own_folder
+    plan = plans.make(content, str(tmp_path))
+    assert not plan.runs[0].own_folder
+    (tmp_path / "another.pt").write_bytes(b"PK\3\4")  # another run may be writing it
+    execute._Step(plan, plan.runs[0], State(tmp_path), None, True, None, "")._set_aside()
+    assert (tmp_path / "another.pt").exists()
     assert plans.make({**content, "done": "{output}/{run}/a.pt"}, str(tmp_path)).runs[0].own_folder
 
 
@@ -408,6 +412,15 @@ def test_an_evaluation_that_was_killed_is_made_again(folder: Path) -> None:
     assert run.result.read_text() == whole
     assert calls(folder) == made
     assert State(output).runs["plain-seed0"]["status"] == "finished"
+
+
+def test_a_table_is_of_evaluations_that_have_ended(folder: Path) -> None:
+    assert compare(folder, "--seeds", "0") == 0
+    plan = plans.make({**plans.read(str(folder / "plan.yaml")), "seeds": [0]}, str(folder / "with blank" / "out"))
+    plan.runs[1].result.write_text('{"metr')  # another comparison is writing it
+    found = tables.collect(plan, {"plain-seed0"})
+    assert found["plain"]["image_to_text_R@1"]["all"] == {0: 0.0}
+    assert found["TS"] == found["ICS"] == found["TS&ICS"] == {}
 
 
 def test_an_evaluation_that_fails_trains_nothing_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
