@@ -819,3 +819,10 @@ def test_help_imports_nothing_heavy() -> None:
         "print([name for name in ('torch', 'sklearn', 'pandas', 'open_clip') if name in sys.modules])"
     )
     assert run_python("-c", code).stdout.strip() == "[]"
+
+
+def test_features_of_files_are_made_of_unit_length(tmp_path: Path) -> None:
+    """The longer one is nearer by its product alone: lengths between one power of two and the next count too."""
+    np.save(tmp_path / "f.npy", np.array([[0.75, 0.75], [0.5625, 0.0], [3.0, 4.0]]))
+    found = evaluate._features(str(tmp_path / "f.npy"), "--image-features")
+    np.testing.assert_allclose(found.numpy(), [[0.5**0.5, 0.5**0.5], [1, 0], [0.6, 0.8]], atol=1e-7)
