@@ -261,6 +261,9 @@ def test_ranks_count_from_one_and_lengths_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "owner.txt").write_text("0\n1\n1\n2\n")
     flags = ("--text-image", tmp_path / "owner.txt")
     assert values(measured(tmp_path, at(*IMAGES, lengths=long), at(*TEXTS), *flags)) == pytest.approx(RANKS)
+    # Of one power of two: without their lengths both are found, with them the longer text is the nearest to both.
+    near = values(measured(tmp_path, at(0, 40), at(0, 40, lengths=(0.5, 1.25)), rows=[("a", "x"), ("b", "y")]))
+    assert (near["image_to_text_R@1"], near["text_to_image_R@1"]) == (1, 1)
 
 
 @pytest.mark.parametrize(

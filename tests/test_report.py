@@ -427,6 +427,9 @@ def test_telling_words_are_weighed_by_hand() -> None:
     assert concepts.telling_words(made, groups, []) == [["dog", "run"], ["cat", "ran", "car", "old", "dog"]]
     assert concepts.telling_words(made, groups, [], many=3)[1] == ["cat", "ran", "car"]
     assert concepts.examples(made, np.array([0, 1, 2, 3, 4]), 3) == ["a dog", "A cat ran", "a car 42 x"]
+    # "often" is in both samples and elsewhere, "seldom" in one: which is first depends on the average, 6 and not 12.
+    made = ClusterTable.build(["often seldom", "often", "often aa bb cc", "often dd ee ff gg"], [0, 0, 1, 1], [2.0] * 4)
+    assert concepts.telling_words(made, concepts.Concepts.of(made, made.frequency), [])[0] == ["seldom", "often"]
     assert concepts.shortened("x" * 300) == "x" * 300
     assert concepts.shortened("x" * 301) == "x" * 299 + "…"
 
@@ -868,6 +871,7 @@ def test_report_of_two_runs(made: Path, tmp_path: Path) -> None:
     assert "alpha 0.04 0.02" in differences
     assert "host: lr 0.1 0.02" in differences
     assert "shift_min" not in differences
+    assert "host: name" not in differences
     assert "136 captions 8 200 18 to 32" in text
     assert {path.name for path in out.glob("*.png")} == {
         f"{name}.png" for name in ("schedule", "loss", "diagnostics", "metrics", "thirds")
@@ -1071,7 +1075,13 @@ def test_report_of_a_plain_run_alone_is_the_page_of_what_there_is(tmp_path: Path
 def test_report_sees_a_schedule_that_was_not_followed(made: Path, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "one", made, off=0.004)
     assert report(folder, "-o", tmp_path / "out") == 0
-    assert "NOT the configured cosine: at step" in text_of(tmp_path / "out")
+    assert "NOT the configured cosine: at step 0 it is 0.0040 away" in text_of(tmp_path / "out")
+    folder = make_run(tmp_path / "two", made)
+    with (folder / "checkpoints" / "mmts.jsonl").open("a") as log:
+        log.write('{"step": 70, "tau_base": 0.5}\n')  # where the cosine is -0.02
+    assert report(folder, "-o", tmp_path / "other") == 0
+    off = 0.5 - 0.02 * math.cos(2 * math.pi * 70 / 20)
+    assert f"NOT the configured cosine: at step 70 it is {off:.4f} away" in text_of(tmp_path / "other")
 
 
 def test_model_cards_tell_ablations_apart(made: Path, tmp_path: Path) -> None:
