@@ -54,4 +54,7 @@ torch.set_num_threads(1)
 main(arguments)
 np.savez(f"{target}-{rank}.npz", **records)
 if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # OpenCLIP leaves it, and gloo's threads may then abort at exit
+    torch.distributed.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads now and then abort an interpreter that shuts down in order, even without a group

@@ -121,4 +121,7 @@ sys.argv[0] = os.environ["TEST_SCRIPT"]
 runpy.run_path(sys.argv[0], run_name="__main__")
 finish()
 if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # VAST leaves it, and gloo's threads may then abort at exit
+    torch.distributed.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads now and then abort an interpreter that shuts down in order, even without a group
