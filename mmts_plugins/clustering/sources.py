@@ -907,7 +907,8 @@ def check_finite(points: np.ndarray, source: str, largest: float = np.inf) -> No
         block = np.asarray(points[start : start + step])
         if block.dtype.kind != "f":  # the size of the least whole number is no whole number
             block = block.astype(np.float64)
-        good = (np.isfinite(block) & (np.abs(block) <= largest)).all(axis=1)
+        with np.errstate(over="ignore"):  # the largest is infinite in half precision, and then bounds nothing
+            good = (np.isfinite(block) & (np.abs(block) <= largest)).all(axis=1)
         if not good.all():
             row = int(np.argmin(good))
             what = "a number whose square is too large; scale the rows"
