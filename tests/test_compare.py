@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,7 +32,7 @@ from mmts_plugins.compare import plan as plans
 from mmts_plugins.compare.execute import State
 from mmts_plugins.compare.lock import LOCK
 from mmts_plugins.demo.train import run_logged
-from mmts_plugins.errors import MMTSError
+from mmts_plugins.errors import ConfigError, MMTSError
 
 # A trainer as a comparison sees one: says what it was given, may die half-way, leaves a checkpoint.
 HOST = """
@@ -169,18 +170,30 @@ def test_exit_code_zero_without_a_checkpoint_is_a_failure(folder: Path, capsys: 
     assert "0 of 4 runs finished" in said
 
 
-def started(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A comparison in its own process, training; the processes of its trainer."""
+@contextmanager
+def started(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A comparison in its own process, training; the processes of its trainer. Of a test that fails none is left."""
     (folder / "slow").touch()
     output = folder / "with blank" / "out"
     command = [sys.executable, "-m", "mmts_plugins", "compare", str(folder / "plan.yaml"), "-o", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not (folder / "slow").read_text().endswith("\n"):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return process, [int(word) for word in (folder / "slow").read_text().split()]
+    trainer: list[int] = []
+    try:
+        until = time.monotonic() + 120
+        while not (folder / "slow").read_text().endswith("\n"):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        trainer += map(int, (folder / "slow").read_text().split())
+        yield process, trainer
+    except BaseException:
+        for pid in trainer:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        process.kill()
+        process.wait()
 
 
 def gone(pid: int, within: float = 20) -> bool:
@@ -197,59 +210,69 @@ def gone(pid: int, within: float = 20) -> bool:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_comparison_that_ends_takes_its_trainer_along(how: signal.Signals, folder: Path) -> None:
     """However it ends: the ranks too, which torchrun puts into sessions of their own."""
-    process, trainer = started(folder)
-    assert len(trainer) == 2
-    assert not any(gone(pid, 0.1) for pid in trainer)
-    process.send_signal(how)
-    expected = 130 if how in (signal.SIGTERM, signal.SIGINT) else -how
-    assert process.wait(60) == expected
-    if expected == 130:  # it has waited for them
-        with pytest.raises(ProcessLookupError):
-            os.kill(trainer[0], 0)
-    assert all(gone(pid) for pid in trainer)
-    state = State(folder / "with blank" / "out").runs["plain-seed0"]
-    if expected == 130:
-        assert (state["status"], state["error"]) == ("failed", "interrupted")
-    else:
-        assert (state["status"], state["error"]) == ("running", None)
-    (folder / "slow").unlink()
-    assert compare(folder, "--seeds", "0") == 0
-    made = calls(folder)
-    assert [len(of_run) for of_run in made.values()] == [1, 1, 1, 2]  # plain is the last by name
-    assert made["plain-seed0"][1].endswith("--resume latest")
+    with started(folder) as (process, trainer):
+        assert len(trainer) == 2
+        assert not any(gone(pid, 0.1) for pid in trainer)
+        process.send_signal(how)
+        expected = 130 if how in (signal.SIGTERM, signal.SIGINT) else -how
+        assert process.wait(60) == expected
+        if expected == 130:  # it has waited for them
+            with pytest.raises(ProcessLookupError):
+                os.kill(trainer[0], 0)
+        assert all(gone(pid) for pid in trainer)
+        state = State(folder / "with blank" / "out").runs["plain-seed0"]
+        if expected == 130:
+            assert (state["status"], state["error"]) == ("failed", "interrupted")
+        else:
+            assert (state["status"], state["error"]) == ("running", None)
+        (folder / "slow").unlink()
+        assert compare(folder, "--seeds", "0") == 0
+        made = calls(folder)
+        assert [len(of_run) for of_run in made.values()] == [1, 1, 1, 2]  # plain is the last by name
+        assert made["plain-seed0"][1].endswith("--resume latest")
 
 
 def test_a_trainer_outlives_neither_its_keeper_nor_leaves_ranks_behind(folder: Path) -> None:
     with pytest.raises(MMTSError, match=r"exit code 3 from: sh"):
-        run_logged(["sh", "-c", f"setsid sleep 600 & echo $! > {shlex.quote(str(folder / 'rank'))}; exit 3"], folder)
-    assert gone(int((folder / "rank").read_text()), 0.1)
+        run_logged(
+            ["sh", "-c", f"setsid sleep 600 >/dev/null 2>&1 & echo $! > {shlex.quote(str(folder / 'rank'))}; exit 3"],
+            folder,
+        )
+    rank = int((folder / "rank").read_text())
+    try:
+        assert gone(rank, 0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
     if sys.platform != "linux":
         return
-    process, trainer = started(folder)
-    with open(f"/proc/{trainer[0]}/stat") as file:
-        keeper = int(file.read().rpartition(")")[2].split()[1])
-    assert keeper != process.pid
-    os.kill(keeper, signal.SIGKILL)
-    assert gone(trainer[0])
-    process.kill()
-    process.wait()
-    os.kill(trainer[1], signal.SIGKILL)  # whom nobody was left to end
+    with started(folder) as (process, trainer):
+        with open(f"/proc/{trainer[0]}/stat") as file:
+            keeper = int(file.read().rpartition(")")[2].split()[1])
+        assert keeper != process.pid
+        os.kill(keeper, signal.SIGKILL)
+        assert gone(trainer[0])
+        process.kill()
+        process.wait()
+        os.kill(trainer[1], signal.SIGKILL)  # whom nobody was left to end
 
 
 def test_two_comparisons_in_one_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process, trainer = started(folder)
-    assert compare(folder, "--seeds", "0") == 2
-    said = capsys.readouterr().err
-    assert f"another mmts compare is at work there: process {process.pid} on {socket.gethostname()}, since 20" in said
-    assert calls(folder) == {"plain-seed0": calls(folder)["plain-seed0"][:1]}
-    assert not gone(trainer[0], 0.1)
-    # Killed, it still holds the folder until its trainer has ended; whoever comes next waits for that.
-    process.kill()
-    process.wait()
-    (folder / "slow").unlink()
-    assert compare(folder, "--seeds", "0") == 0
-    assert gone(trainer[0], 0.1)
-    assert [len(of_run) for of_run in calls(folder).values()] == [1, 1, 1, 2]
+    with started(folder) as (process, trainer):
+        assert compare(folder, "--seeds", "0") == 2
+        said = capsys.readouterr().err
+        assert (
+            f"another mmts compare is at work there: process {process.pid} on {socket.gethostname()}, since 20" in said
+        )
+        assert calls(folder) == {"plain-seed0": calls(folder)["plain-seed0"][:1]}
+        assert not gone(trainer[0], 0.1)
+        # Killed, it still holds the folder until its trainer has ended; whoever comes next waits for that.
+        process.kill()
+        process.wait()
+        (folder / "slow").unlink()
+        assert compare(folder, "--seeds", "0") == 0
+        assert gone(trainer[0], 0.1)
+        assert [len(of_run) for of_run in calls(folder).values()] == [1, 1, 1, 2]
 
 
 def test_what_a_killed_comparison_left_running_is_not_trained_beside(
@@ -598,18 +621,45 @@ def test_braces_of_shard_patterns_are_left_alone(tmp_path: Path) -> None:
     assert runs[1].command == ["x", "--train-data", "{000..331}.tar", "--loss", "m m", "--seed", "0"]
 
 
+OWN = {"clusters": None}  # makes room for variants
 REFUSED = {
     "unknown key": ({"comand": "x"}, "unknown key 'comand'; did you mean 'command'?"),
     "no eval": ({"eval": None}, "the plan: key 'eval' is missing"),
+    "no seeds": ({"seeds": []}, "key 'seeds' is empty"),
     "seeds": ({"seeds": "0"}, "key 'seeds' is '0': it must be a list of whole numbers"),
+    "half a seed": ({"seeds": [0.5]}, "key 'seeds' is [0.5]: it must be a list of whole numbers"),
+    "seed of text": ({"seeds": ["0"]}, "key 'seeds' is ['0']: it must be a list of whole numbers"),
+    "seed that is a switch": ({"seeds": [True]}, "key 'seeds' is [True]: it must be a list of whole numbers"),
+    "seed below 0": ({"seeds": [0, -1]}, "one of seeds is -1: it must be 0 or above"),
+    "seed above NumPy's": ({"seeds": [2**32]}, "one of seeds is 4294967296: it must be at most"),
     "same seed": ({"seeds": [1, 1]}, "holds a number twice"),
+    "too many": ({"seeds": list(range(2501))}, "4 variants and 2501 seeds are more than 10000 runs"),
     "seed unused": ({"command": "x"}, "command: has no {seed}"),
     "done shared": ({"done": "x.pt"}, "done: has no {run}"),
+    "done is a result": ({"done": "{run}/{result}"}, "done: {result} cannot stand in a file's name"),
     "no variants": ({"clusters": None}, "give clusters: FILE for the paper's four variants"),
     "both": ({"variants": {"a": ""}}, "variants: says all flags itself"),
-    "alike": ({"clusters": None, "variants": {"a b": "", "a-b": ""}}, "too much alike"),
+    "both, of flags": ({**OWN, "variants": {"a": ""}, "mmts": "--mmts-alpha 1"}, "variants: says all flags itself"),
+    "empty variants": ({**OWN, "variants": {}}, "variants: is empty"),
+    "variants": ({**OWN, "variants": ["a"]}, "key 'variants' is ['a']: it must be a mapping"),
+    "a number for a name": ({**OWN, "variants": {1: ""}}, "if YAML takes it for something else) is 1: it must be text"),
+    "flags": ({**OWN, "variants": {"a": ["x"]}}, "variants: a is ['x']: it must be text"),
+    "flags in flags": ({**OWN, "variants": {"a": "x {flags}"}}, "variants: a: {flags} has no meaning there"),
+    "flags in a word of flags": ({"mmts": "--x={flags}"}, "variants: TS: {flags} has no meaning there"),
+    "flags in resume": ({"resume": "{flags}"}, "resume: {flags} has no meaning there"),
+    "flags in a word": ({"command": "x{flags} {seed}"}, "command: 'x{flags}': {flags} stands for several words"),
+    "a bar": ({**OWN, "variants": {"a|b": ""}}, "variants: 'a|b': a name goes into a table"),
+    "a line": ({**OWN, "variants": {"a\nb": ""}}, "variants: 'a\\nb': a name goes into a table"),
+    "alike": ({**OWN, "variants": {"a b": "", "a-b": ""}}, "too much alike"),
+    "alike on a Mac": ({**OWN, "variants": {"a": "", "A": ""}}, "too much alike"),
     "quotes": ({"command": "x '{seed}"}, "command: the quotes do not match"),
     "not text": ({"command": ["x"]}, "key 'command' is ['x']: it must be text"),
+    "blanks": ({"command": "  "}, "key 'command' is empty"),
+    "no first word": ({"command": "'' {seed}"}, "command: its first word, which is to be started, is empty"),
+    "no evaluation": ({"eval": "''"}, "eval: its first word, which is to be started, is empty"),
+    "NUL": ({"command": "x\0 {seed}"}, "key 'command' is 'x\\x00 {seed}': it holds a NUL character"),
+    "half a character": ({"done": "{run}\ud800"}, "it holds half a character"),
+    "a metric": ({"metrics": "R@1"}, "key 'metrics' is 'R@1': it must be a list of texts"),
 }
 
 
@@ -620,9 +670,53 @@ def test_what_is_refused(case: str, folder: Path, capsys: pytest.CaptureFixture[
     (folder / "plan.yaml").write_text(
         yaml.safe_dump({key: value for key, value in content.items() if value is not None})
     )
+    with pytest.raises(ConfigError):  # before anything is started
+        plans.make(plans.read(str(folder / "plan.yaml")), "out")
     assert compare(folder) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "with blank" / "out").exists()
+
+
+def test_an_output_without_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """``-o "$UNSET"`` would write into the current folder."""
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    for output in ("", " "):
+        assert main(["compare", "plan.yaml", "-o", output]) == 2
+        assert "-o/--output is empty" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+REFUSED_TEXTS = {
+    "a key twice": ("seeds: [0]\nseeds: [1]", "line 2: 'seeds' is given twice"),
+    "a variant twice": ("variants: {a: x, a: y}", "line 1: 'a' is given twice"),
+    "merged": ("a: &a {seeds: [1]}\n<<: *a", "line 2: << is not taken here; write the keys out"),
+    "aliases": (
+        "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+        "unknown key 'a'; known: command",
+    ),
+    "an alias of itself": ("metrics: &m [*m]", "key 'metrics' is [[[...]]]: it must be a list of texts"),
+    "deep": ("metrics: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "long": ("#" * 100_001, "longer than 100000 characters: no plan"),
+    "no date": ("clusters: 2001-99-99", "month must be in 1..12"),
+    "a date": ("clusters: 2001-01-01", "key 'clusters' is datetime.date(2001, 1, 1): it must be text"),
+    "code": ("mmts: !!python/object/apply:os.system [x]", "could not determine a constructor"),
+    "a list": ("[1]", "expected keys and values, such as command: and eval:, not [1]"),
+    "nothing": ("", "expected keys and values, such as command: and eval:, not None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_TEXTS)
+def test_what_is_no_plan(case: str, tmp_path: Path) -> None:
+    text, message = REFUSED_TEXTS[case]
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        plans.read(str(tmp_path / "plan.yaml"))
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'plan.yaml'}: ")
+    assert message in said
+    assert "\n" not in said
+    assert len(said) <= 480
 
 
 def test_a_metric_that_nobody_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -636,6 +730,73 @@ def test_a_damaged_state_is_named(folder: Path) -> None:
     (folder / "state.json").write_text("{")
     with pytest.raises(MMTSError, match=r"state\.json: cannot be read as the state of a comparison"):
         State(folder)
+
+
+def test_the_table_of_odd_evaluations(tmp_path: Path) -> None:
+    """Seeds that only one variant has, values that nobody measured, ranks, a bar in a name: to the letter."""
+    content = {"command": "x {seed}", "eval": "e", "variants": {"a": "", "b": ""}, "seeds": [0, 1, 2], "done": "{run}"}
+    plan = plans.make(content, str(tmp_path))
+    measured = {
+        "a-seed0": {"x|y": 0.5, "mean_rank": 3, "lost": None, "odd": float("nan")},
+        "a-seed1": {"x|y": 0.25, "mean_rank": 5},
+        "b-seed0": {"x|y": 0.4999, "mean_rank": 2.5},
+        "b-seed2": {"x|y": 0.75, "mean_rank": 4.5, "odd": float("inf")},
+    }
+    (tmp_path / "evals").mkdir()
+    for name, metrics in measured.items():
+        (tmp_path / "evals" / f"{name}.json").write_text(json.dumps({"metrics": metrics}))
+    found = tables.summary(tables.collect(plan, measured), "a")
+    assert list(found["a"]) == list(found["b"]) == ["x|y", "mean_rank"]
+    assert found["b"]["mean_rank"]["all"]["difference"] == {"mean": -0.5, "sd": None, "values": {"0": -0.5}}
+    lines = [line.replace(" ", "") for line in tables.markdown(plan, found).splitlines()]
+    assert lines[0] == "||seeds|x\\|y|mean_rank|"
+    assert lines[2:] == ["|a|2|37.5±17.7|4.0±1.4|", "|b|2|62.5±17.7|3.5±1.4|", "|b−a|1|+0.0|-0.5|"]
+
+
+def test_a_command_that_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sees of a job that we are in, and what is said of how it ended."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    lines: list[str] = []
+    run_logged(["sh", "-c", "echo ${WORLD_SIZE-none} ${SLURM_NTASKS-none}; echo said >&2"], tmp_path, lines.append)
+    assert lines == ["none none\n", "said\n"]
+    with pytest.raises(MMTSError) as caught:
+        run_logged(["sh", "-c", "seq 30; kill -9 $$", "x" * 300], tmp_path)
+    said = caught.value.args[0]
+    assert said.startswith("exit code 137 (SIGKILL) from: sh -c 'seq 30; kill -9 $$' xxxx")
+    command, tail = said.split(" ...: ")
+    assert len(command) == len("exit code 137 (SIGKILL) from: ") + 160
+    assert tail.split() == [str(number) for number in range(6, 31)]
+
+
+def test_who_does_not_listen_is_killed(tmp_path: Path) -> None:
+    """A worker that a command leaves behind and that ignores being asked to end."""
+    deaf = "trap '' TERM; echo $$ > deaf; while :; do sleep 0.1; done"
+    run_logged(
+        ["sh", "-c", f"sh -c {shlex.quote(deaf)} >/dev/null 2>&1 & while [ ! -s deaf ]; do sleep 0.02; done"], tmp_path
+    )
+    pid = int((tmp_path / "deaf").read_text())
+    try:
+        assert gone(pid, 0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_lock_lasts_as_long_as_the_command(tmp_path: Path) -> None:
+    """Also where comparison and keeper are gone: the command has its descriptor."""
+    with open(tmp_path / "lock", "w") as file:
+        held = file.fileno()
+        run_logged(["sh", "-c", f"ls -l /proc/self/fd/{held} > found || echo none > found"], tmp_path, held=held)
+    assert (tmp_path / "found").read_text().endswith(f"-> {tmp_path / 'lock'}\n")
+
+
+def test_a_dry_run_of_jobs_shows_what_proves_their_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(folder, "--seeds", "0", "--dry-run", "--no-wait", "--launcher", "sbatch") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["plain-seed0.exit-1" in line for line in lines[:3]] == [False, True, False]
+    assert [line.startswith("sbatch ") for line in lines[:3]] == [False, True, False]
 
 
 def test_openclip_end_to_end(tmp_path: Path, data: Any, small_model: str) -> None:

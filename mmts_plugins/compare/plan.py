@@ -123,6 +123,8 @@ def make(content: dict[str, Any], output: str) -> Plan:
     Raises:
         ConfigError: a key is missing or has a value that cannot be used.
     """
+    if not output.strip():  # of a shell's unset variable: all would go into the current folder
+        raise ConfigError("-o/--output is empty: it names a folder")
     content = check_mapping("the plan", content, _FIELDS, _REQUIRED, what="key")
     seeds = [_SEED.check("one of seeds", seed) for seed in content.get("seeds", [0])]
     if len(set(seeds)) < len(seeds):
