@@ -391,8 +391,9 @@ def test_samples_that_are_unknown_before_training(data, tmp_path):
     done = run_forked("-m", "mmts_plugins", "run", *run, *flags, ranks=2, PYTHONPATH=str(REPOSITORY))
     assert done.returncode != 0
     errors = [line for line in done.stdout.splitlines() if line.startswith("mmts: error: ")]
-    assert len(errors) == 2
-    assert errors[0] == errors[1]
+    # All ranks stop alike, but the first to leave may reset a gloo connection that the other still reads from: that
+    # one then says what gloo says. 60 samples are what both have seen; each of them drew half.
+    assert len(set(errors)) == 1
     assert errors[0].startswith("mmts: error: 60 of the first 60 training samples are not in")
     few = {caption: size for caption, size in data.frequency.items() if caption != "cut the rice"}
     ClusterTable.build(list(few), [CLUSTER_OF[c] for c in few], list(few.values())).save(data.table)
