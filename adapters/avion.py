@@ -268,8 +268,7 @@ class Run:
                 f"hash {self.table.content_hash}",
                 flush=True,
             )
-        with reading(path.parent / FILE_NAME, "cannot be written", ConfigError):
-            write_record(path.parent / FILE_NAME, values)
+        write_record(path.parent / FILE_NAME, values)
 
     # -- every epoch and step ---------------------------------------------------------------------------------------
 

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._files import writing
 from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node
-from ..errors import ConfigError, SeamError, TableError, cause, one_line, reading, shown
+from ..errors import ConfigError, SeamError, TableError, cause, one_line, shown
 from ..functional import compiling
 from ..hits import HitGuard
 from ..large import LargeTable, open_table
@@ -241,8 +242,8 @@ class Run:
             raise ConfigError(_NOTHING_TRAINED)
         if self._unwritten is not None:
             (folder, values), self._unwritten = self._unwritten, None
-            with reading(folder / FILE_NAME, "cannot be written", ConfigError):
-                write_record(folder / FILE_NAME, values)
+            write_record(folder / FILE_NAME, values)
+            with writing(folder / FILE_NAME, "cannot be written", ConfigError):
                 _tidy(folder)
         self._args, self._log = args, log
         self._scale = _logit_scale(model)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree
-from ..errors import ConfigError, SeamError, TableError, reading
+from ..errors import ConfigError, SeamError, TableError
 from ..functional import rank_info_nce
 from ..hits import HitGuard, judge
 from ..live import Live, Meter, step_line
@@ -158,8 +158,7 @@ class Run:
                 self.table.content_hash,
             )
         if rank == 0:
-            with reading(path, "cannot be written", ConfigError):
-                write_record(path, values)
+            write_record(path, values)
 
     def _check_annotations(self, name: str, annotations: Sequence[Mapping[str, Any]]) -> None:
         """Every training annotation is known before the first step, and so is what the table lacks."""

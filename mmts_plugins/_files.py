@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Optional, TypeVar, Union
 
-from .errors import MMTSError, cause
+from .errors import ConfigError, MMTSError, cause
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,19 @@ def writing(path: object, what: str, kind: type[MMTSError] = MMTSError) -> Itera
         yield
     except (OSError, UnicodeEncodeError) as error:
         raise kind(f"{path}: {what}: {cause(error)}") from error
+
+
+def check_writable(output: PathLike) -> None:
+    """Before long work whose result goes to ``-o/--output``: the nearest folder above it that exists can be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    above = Path(output).absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{output}: cannot be written, {above} is not a writable folder (-o/--output)")
 
 
 # --- whole or not at all

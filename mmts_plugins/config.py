@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Optional
 
 import yaml
 
-from ._files import PathLike, replacing
+from ._files import PathLike, replacing, writing
 from ._startup import means_us
 from .errors import ConfigError, one_line, reading, shown
 from .fields import NUMBER, SWITCH, TEXT, WHOLE, Field, check_mapping
@@ -417,8 +417,12 @@ def record(config: Config, total_steps: int, table_hash: Optional[str], host: st
 
 
 def write_record(path: PathLike, values: dict[str, Any]) -> None:
-    """Write ``mmts.yaml``, whole or not at all."""
-    with replacing(path) as temporary:
+    """Write ``mmts.yaml``, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with writing(path, "cannot be written", ConfigError), replacing(path) as temporary:
         text = "# written by mmts-plugins; compared on resume\n" + yaml.safe_dump(values, sort_keys=False)
         temporary.write_text(text, encoding="utf-8")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from .. import __version__
+from .._files import check_writable
 from ..errors import ConfigError, MMTSError, one_line, shown
 
 if TYPE_CHECKING:
@@ -436,11 +436,7 @@ def _check_output(output: str, force: bool, folder: bool) -> None:
         raise ConfigError(f"{output}: is a folder; -o/--output names the file of the table")
     if target.exists() and not force:
         raise ConfigError(f"{output}: exists already; pass --force to replace it, or another -o/--output")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"{output}: cannot be written, {parent} is not a writable folder (-o/--output)")
+    check_writable(output)
 
 
 def _info(method: str, source: str = "", packages: Iterable[str] = (), **more: Any) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import argparse
 import json
 from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import replacing
-from ..errors import ConfigError, MMTSError, TableError, cause
+from .._files import replacing, writing
+from ..errors import ConfigError, MMTSError, TableError
 from ..presets import MAX_MARGIN, PRESETS
 from . import command
 
@@ -72,11 +71,8 @@ def run(args: argparse.Namespace) -> int:
         measured, lines = _recipe(args)
     print("\n".join(lines))
     if args.output:
-        try:
-            with replacing(args.output) as temporary:
-                Path(temporary).write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise MMTSError(f"{args.output}: cannot be written: {cause(error)} (-o/--output)") from error
+        with writing(args.output, "cannot be written (-o/--output)"), replacing(args.output) as temporary:
+            temporary.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return 0
 
 

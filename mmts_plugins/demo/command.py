@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .._files import replacing
+from .._files import replacing, writing
 from ..errors import MMTSError
 from ..evaluation.command import installed_version
 
@@ -140,11 +140,9 @@ def prepare(folder: Path, force: bool) -> None:
             raise MMTSError(f"{folder} is not empty and not the folder of a demo; choose another --output")
         if (folder / FINISHED).exists() and not force:
             raise MMTSError(f"{folder} holds a finished demo; replace it with --force or choose another --output")
-    try:
+    with writing(folder, "cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
-    except OSError as error:
-        raise MMTSError(f"{folder}: cannot write there: {error.strerror}") from error
     for name in WRITTEN:
         path = folder / name
         if path.is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from .. import __version__
-from .._files import replacing
+from .._files import check_writable, replacing
 from ..errors import ConfigError, MMTSError, cause
 
 if TYPE_CHECKING:
@@ -249,11 +248,7 @@ def _output(args: argparse.Namespace) -> Path:
         raise ConfigError(f"{output}: is a folder; -o/--output names the file to write")
     if output.exists() and not args.force:
         raise ConfigError(f"{output}: exists already; pass --force to replace it, or another -o/--output")
-    above = output.absolute().parent
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"{output}: cannot be written, {above} is not a writable folder (-o/--output)")
+    check_writable(output)
     return output
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
+from .._files import check_writable
 from ..config import DISTRIBUTIONS, FILE_NAME, LOG_NAME, flag_parser
 from ..errors import ConfigError
 from ..presets import PRESETS
@@ -211,8 +211,4 @@ def _check_folder(folder: Path, force: bool) -> None:
         raise ConfigError(f"{folder}: is a file; -o/--output names a folder")
     if (folder / "report.html").exists() and not force:
         raise ConfigError(f"{folder}: holds a report already; pass --force to replace it, or another -o/--output")
-    above = folder.absolute()
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"{folder}: cannot be written, {above} is not a writable folder (-o/--output)")
+    check_writable(folder / "report.html")
