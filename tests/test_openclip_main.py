@@ -34,7 +34,8 @@ def flags(model, data, logs, **changes) -> list[str]:
 
 
 def train(*command: object, expect: int = 0, **environment: str) -> str:
-    done = run_python(*command, PYTHONPATH=str(ROOT / "src"), **environment)
+    path = os.pathsep.join((str(ROOT / "src"), str(REPOSITORY / "tests" / "shim")))
+    done = run_python(*command, PYTHONPATH=path, **environment)
     assert done.returncode == expect, done.stdout[-3000:]
     return done.stdout
 
@@ -116,6 +117,23 @@ def test_compiled_equals_eager_and_compiles_once(strategy, small_model, data, tm
     logged = [float(value) for value in re.findall(r"Train Epoch.* Contrastive_loss: ([\d.]+)", out)]
     assert logged == pytest.approx(eager["loss"].tolist(), abs=1e-4)
     assert "Recompiling function" not in out
+
+
+@pytest.mark.parametrize("strategy", ["model", "task", "step"])
+def test_compiled_on_two_ranks_equals_eager(strategy, small_model, data, tmp_path):
+    """In one graph: the loss on several ranks is one operator, its collectives included."""
+    given = {"batch_size": 6, "gather_with_grad": True, "local_loss": True}
+    compiled = {"torchcompile": True, "torchcompile_strategy": strategy}
+    losses = []
+    for name, options in (("eager", {}), ("compiled", compiled)):
+        arguments = flags(small_model, data, tmp_path / name, **given, **options)
+        out = train(*TORCHRUN, "-m", "open_clip_train.main", *arguments, TORCH_LOGS="recompiles,graph_breaks")
+        losses.append([float(value) for value in re.findall(r"Train Epoch.* Contrastive_loss: ([\d.]+)", out)])
+    assert [len(each) for each in losses] == [8, 8]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert "Recompiling function" not in out
+    breaks = re.findall(r"Graph break in user code at (\S+)", out)
+    assert not [place for place in breaks if "/mmts_plugins/" in place or "/adapters/" in place]
 
 
 def test_resumed_run_logs_where_the_host_does(small_model, data, tmp_path):
