@@ -22,7 +22,7 @@ from ..clusters import CAPTION, ClusterTable
 from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
 from ..distributed import check_ranks_agree, first_on_node
 from ..errors import ConfigError, SeamError, TableError, cause, one_line, shown
-from ..functional import compiling
+from ..functional import HAS_OPERATORS, compiling, opaque
 from ..hits import HitGuard
 from ..large import LargeTable, open_table
 from ..live import Live, Meter, step_line
@@ -44,13 +44,30 @@ _NOTHING_TRAINED = (
 )
 
 
+_watches: list[Callable[[Tensor, Tensor, Tensor], None]] = []
+
+
+@opaque(
+    "(Tensor image_features, Tensor text_features, Tensor temperature, int number) -> Tensor",
+    lambda image_features, text_features, temperature, number: torch.empty_like(temperature),
+)
+def _watched(image_features: Tensor, text_features: Tensor, temperature: Tensor, number: int) -> Tensor:
+    """The step's temperatures, seen on their way to a compiled loss, which without them has nothing to compute.
+
+    A CUDA graph replays kernels and calls nothing: there, the steps before it is recorded are all that is seen.
+    """
+    if not (image_features.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _watches[number](image_features, text_features, temperature)
+    return temperature.clone()
+
+
 class ScheduledLoss(nn.Module):
     """What replaces OpenCLIP's ``ClipLoss`` or ``CoCaLoss``: the same call, with a temperature for every sample.
 
     Args:
         kind: ``mmts-infonce`` or ``mmts-max-margin``.
         host_loss: the loss that OpenCLIP made. A CoCa loss still computes its caption loss.
-        watch: given features and temperatures of every training step that is not compiled.
+        watch: given features and temperatures of every training step; where the loss is compiled, from torch 2.4 on.
         on_call: called in every forward, so that a training step without us in its path is noticed.
     """
 
@@ -72,6 +89,8 @@ class ScheduledLoss(nn.Module):
             self.weight, self.captioning.clip_loss_weight = self.captioning.clip_loss_weight, 0
         self.temperature: Optional[Tensor] = None
         self._watch, self._on_call = watch, on_call
+        self._number = len(_watches)
+        _watches.append(watch)
 
     def forward(
         self,
@@ -89,10 +108,13 @@ class ScheduledLoss(nn.Module):
             raise SeamError("OpenCLIP called the MM-TS loss without temperatures: the model's output was not tagged")
         if self._on_call is not None:
             self._on_call()
-        if torch.is_grad_enabled() and not compiling():
-            if not (image_features.requires_grad or text_features.requires_grad):
-                raise ConfigError(_NOTHING_TRAINED)
-            self._watch(image_features, text_features, temperature)
+        if torch.is_grad_enabled():
+            if not compiling():
+                if not (image_features.requires_grad or text_features.requires_grad):
+                    raise ConfigError(_NOTHING_TRAINED)
+                self._watch(image_features, text_features, temperature)
+            elif HAS_OPERATORS:
+                temperature = _watched(image_features.detach(), text_features.detach(), temperature, self._number)
         loss = self.weight * self.contrastive(image_features, text_features, temperature)
         # DDP expects a gradient for every parameter: the unused scale and bias stay in the graph, with zero.
         for unused in (logit_scale, logit_bias):

@@ -30,13 +30,18 @@ from .distributed import gather_rows, sum_at_owners, sum_over_ranks, to_owners
 
 __all__ = [
     "DEFAULT_BUDGET",
+    "HAS_OPERATORS",
     "compiling",
     "full_precision",
     "info_nce",
     "max_margin",
+    "opaque",
     "rank_info_nce",
     "rank_max_margin",
 ]
+
+HAS_OPERATORS = hasattr(torch.library, "custom_op")
+"""Whether :func:`opaque` functions stand in a compiled graph as they are (torch 2.4)."""
 
 DEFAULT_BUDGET = 64 * 2**20
 """Bytes of similarities that InfoNCE keeps for its backward by default: all of them up to N = 4096 in float32."""
@@ -152,9 +157,11 @@ def compiling() -> bool:
     return compiler is not None and hasattr(compiler, "is_compiling") and compiler.is_compiling()
 
 
-def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """One node for ``torch.compile`` instead of a graph unrolled over tiles and broken at collectives; the function
-    itself before torch 2.4. Autocast has no say inside."""
+def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One node for ``torch.compile``, whatever the function does; the function itself before torch 2.4.
+
+    For the losses, instead of a graph unrolled over tiles and broken at collectives. Autocast has no say inside.
+    """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -162,7 +169,7 @@ def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
             with torch.autocast(first.device.type, enabled=False):
                 return function(first, *rest)
 
-        if not hasattr(torch.library, "custom_op"):
+        if not HAS_OPERATORS:
             return precise
         name = f"mmts::{function.__name__.strip('_')}"
         operator = torch.library.custom_op(name, precise, mutates_args=(), schema=schema)
@@ -190,7 +197,7 @@ def _fake_info_nce(
     )
 
 
-@_opaque(
+@opaque(
     "(Tensor images, Tensor texts, Tensor scale, float pull, int kept_rows, int rank, int world_size, bool local)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_info_nce,
@@ -225,7 +232,7 @@ def _fake_grads(grad: Tensor, images: Tensor, texts: Tensor, scale: Tensor, *_: 
     return torch.empty_like(images), torch.empty_like(texts), torch.empty_like(scale)
 
 
-@_opaque(
+@opaque(
     "(Tensor grad, Tensor images, Tensor texts, Tensor scale, Tensor image_sums, Tensor text_sums, Tensor kept,"
     " Tensor all_texts, Tensor all_scale, float pull, int rank, int world_size, bool local, bool with_scale)"
     " -> (Tensor, Tensor, Tensor)",
@@ -325,7 +332,7 @@ def _fake_striped(
     )
 
 
-@_opaque(
+@opaque(
     "(Tensor images, Tensor texts, Tensor scale, float pull, int world_size, bool local)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_striped,
@@ -344,7 +351,7 @@ def _striped(
     return loss, image_sums, text_sums, all_images, all_texts, all_rows
 
 
-@_opaque(
+@opaque(
     "(Tensor grad, Tensor images, Tensor texts, Tensor scale, Tensor image_sums, Tensor text_sums, Tensor all_images,"
     " Tensor all_texts, Tensor all_rows, float pull, int rank, int world_size, bool local, bool with_scale)"
     " -> (Tensor, Tensor, Tensor)",
@@ -437,7 +444,7 @@ def _uniform_pull(
     return (pulled * pullers).sum() / (2 * rows * everyone)
 
 
-@_opaque("(Tensor value) -> Tensor", torch.empty_like)
+@opaque("(Tensor value) -> Tensor", torch.empty_like)
 def _sum_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value)
 
@@ -466,7 +473,7 @@ def _fake_max_margin(
     return (margin.new_empty(()), *grads)
 
 
-@_opaque(
+@opaque(
     "(Tensor images, Tensor texts, Tensor margin, bool normalize, bool needed, int rank, int world_size)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_max_margin,

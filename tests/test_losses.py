@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 
 from mmts_plugins.clusters import cluster_shift
-from mmts_plugins.functional import info_nce, max_margin
+from mmts_plugins.functional import HAS_OPERATORS, info_nce, max_margin
 from mmts_plugins.losses import InfoNCELoss, MaxMarginLoss
 from mmts_plugins.schedule import CosineSchedule
 
@@ -196,7 +196,7 @@ def test_half_features_are_lifted_before_the_product(function, dtype):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch.compile takes the losses whole from 2.4 on")
+@pytest.mark.skipif(not HAS_OPERATORS, reason="torch.compile takes the losses whole from 2.4 on")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_a_graph_break(kind):
     images, texts = unit(6, 4, 11).float(), unit(6, 4, 12).float()
@@ -263,7 +263,7 @@ def compiled_and_eager(rank, world):
     return found
 
 
-@pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch.compile takes the losses whole from 2.4 on")
+@pytest.mark.skipif(not HAS_OPERATORS, reason="torch.compile takes the losses whole from 2.4 on")
 def test_compiles_on_ranks_without_a_graph_break():
     for per_rank in on_ranks(2, compiled_and_eager):
         assert len(per_rank) == 4 * len(KINDS)

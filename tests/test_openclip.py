@@ -27,6 +27,8 @@ from open_clip_train.main import main
 
 from mmts_plugins.adapters.openclip import Run, ScheduledLoss, _check_resumed, _pad_id, _text
 from mmts_plugins.errors import ConfigError, MMTSError, SeamError, TableError
+from mmts_plugins.functional import HAS_OPERATORS
+from mmts_plugins.presets import INFONCE
 
 ALPHA, LOW, HIGH, OSCILLATIONS = 0.04, 0.05, 0.10, 5  # clip-cc3m, the default
 
@@ -217,6 +219,30 @@ def test_half_precision_features_full_precision_loss(precision, small_model, dat
 def test_torch_compile(small_model, data, tmp_path, recorder):
     main(flags(small_model, data, tmp_path, torchcompile=True))
     check_steps(recorder, small_model, data.table, total=12)
+
+
+@pytest.mark.skipif(not HAS_OPERATORS, reason="a compiled loss is watched from torch 2.4 on")
+def test_a_compiled_loss_is_watched_without_a_graph_break():
+    seen, found = [], []
+    loss = ScheduledLoss(INFONCE, open_clip.ClipLoss(), lambda *each: seen.append([x.clone() for x in each]))
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        for number in range(2):
+            draw = torch.Generator().manual_seed(number)
+            leaves = [torch.randn(6, 4, generator=draw).requires_grad_() for _ in range(2)]
+            features = [torch.nn.functional.normalize(leaf, dim=1) for leaf in leaves]
+            loss.temperature = torch.rand(6, generator=draw) + 0.1
+            value = function(*features, logit_scale=torch.ones(()))
+            value.backward()
+            found.append([value.detach(), *(leaf.grad for leaf in leaves), *features, loss.temperature])
+    assert len(seen) == 4
+    for one, other in zip(found[:2], found[2:]):
+        torch.testing.assert_close(one, other)
+    for each, (*_, images, texts, temperature) in zip(seen, found):
+        torch.testing.assert_close(each, [images.detach(), texts.detach(), temperature])
+    with torch.no_grad():
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(*features, logit_scale=torch.ones(()))
+    assert len(seen) == 4, "an evaluation was watched"
 
 
 @pytest.mark.parametrize("scheduler", [{}, {"skip_scheduler": True}], ids=["scheduler", "skip-scheduler"])

@@ -122,15 +122,20 @@ def test_compiled_equals_eager_and_compiles_once(strategy, small_model, data, tm
 @pytest.mark.parametrize("strategy", ["model", "task", "step"])
 def test_compiled_on_two_ranks_equals_eager(strategy, small_model, data, tmp_path):
     """In one graph: the loss on several ranks is one operator, its collectives included."""
-    given = {"batch_size": 6, "gather_with_grad": True, "local_loss": True}
+    given = {"batch_size": 6, "gather_with_grad": True, "local_loss": True, "mmts_diagnostics_every": 4}
     compiled = {"torchcompile": True, "torchcompile_strategy": strategy}
-    losses = []
+    losses, reports = [], []
     for name, options in (("eager", {}), ("compiled", compiled)):
         arguments = flags(small_model, data, tmp_path / name, **given, **options)
         out = train(*TORCHRUN, "-m", "open_clip_train.main", *arguments, TORCH_LOGS="recompiles,graph_breaks")
         losses.append([float(value) for value in re.findall(r"Train Epoch.* Contrastive_loss: ([\d.]+)", out)])
+        lines = (tmp_path / name / "run" / "mmts.jsonl").read_text().splitlines()
+        reports.append([line for line in map(json.loads, lines) if "uniformity" in line])
     assert [len(each) for each in losses] == [8, 8]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert [line["step"] for line in reports[0]] == [line["step"] for line in reports[1]] == [0, 4]
+    for eager, compiled in zip(*reports):
+        assert compiled == pytest.approx(eager, abs=1e-4)
     assert "Recompiling function" not in out
     breaks = re.findall(r"Graph break in user code at (\S+)", out)
     assert not [place for place in breaks if "/mmts_plugins/" in place or "/adapters/" in place]
@@ -170,8 +175,8 @@ def test_trackio_gets_our_values(small_model, data, tmp_path):
 REFUSED = {
     "siglip": (["--siglip"], "--siglip has no temperature per row"),
     "distill": (["--distill-model", "RN50", "--distill-pretrained", "openai"], "--distill-model is not supported"),
-    "genlip": (["--model", "naflexgenlip_test"], "--model naflexgenlip_test is generative"),
-    "genlap": (["--model", "naflexgenlap_test_1d"], "--model naflexgenlap_test_1d is generative"),
+    "genlip": (["--model", "naflexgenlip_test"], "--model 'naflexgenlip_test' is generative"),
+    "genlap": (["--model", "naflexgenlap_test_1d"], "--model 'naflexgenlap_test_1d' is generative"),
 }
 
 
