@@ -170,13 +170,19 @@ def test_exit_code_zero_without_a_checkpoint_is_a_failure(folder: Path, capsys: 
     assert "0 of 4 runs finished" in said
 
 
+def heed_signals() -> None:
+    """A suite that a shell runs in the background, or under nohup, has these ignored, and its children with it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def started(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
     """A comparison in its own process, training; the processes of its trainer. Of a test that fails none is left."""
     (folder / "slow").touch()
     output = folder / "with blank" / "out"
     command = [sys.executable, "-m", "mmts_plugins", "compare", str(folder / "plan.yaml"), "-o", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed_signals)
     trainer: list[int] = []
     try:
         until = time.monotonic() + 120
