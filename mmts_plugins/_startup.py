@@ -125,7 +125,7 @@ def _guarding(reader: str, beside: str) -> Callable[[Any], None]:
 
 def _tell_swallowed(module: str, found: str) -> None:
     from .errors import ConfigError
-    from .registry import quiet_excepthook
+    from .hosts.registry import quiet_excepthook
 
     quiet_excepthook()
     raise ConfigError(
@@ -151,7 +151,7 @@ def start() -> None:
         _refuse("MMTS=0 switches mmts-plugins off, but the command line asks for it; unset MMTS or drop the flags")
         return
     try:
-        from . import registry
+        from .hosts import registry
 
         registry.install_all()
         if asked and not _names_host(arguments):
@@ -162,7 +162,7 @@ def start() -> None:
 
 def _tell_broken(arguments: Sequence[str]) -> None:
     """Which adapters of others could not be loaded, where one may be meant: its host would train without us."""
-    from . import registry
+    from .hosts import registry
 
     for each in registry.broken():
         named = any(each.name.lower() in argument.lower() for argument in arguments)

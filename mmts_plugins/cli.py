@@ -132,8 +132,8 @@ def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]
     """
     import runpy
 
-    from . import registry
     from ._startup import asks_for_us
+    from .hosts import registry
 
     registry.install_all()
     as_module = arguments[0] == "-m"
@@ -145,7 +145,7 @@ def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]
         sys.path.insert(0, os.getcwd())  # where `python -m` looks first
     _check_exists(target, as_module)
     if asks_for_us(rest) and not any(host.starts(target, as_module) for host in registry.hosts()):
-        known = dict.fromkeys(name for host in registry.hosts() for name in host.start_modules)
+        known = dict.fromkeys(name for host in registry.hosts() for name in host.start_modules or ())
         problems = "".join(f"; {each}" for each in registry.broken())
         raise ConfigError(
             f"no adapter for {shown(target)}, so --loss mmts would do nothing; known: {', '.join(known)}{problems}"

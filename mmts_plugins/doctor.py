@@ -66,7 +66,7 @@ def _version(distribution: str) -> str:
 
 
 def _hosts() -> int:
-    from . import registry
+    from .hosts import registry
 
     problems = found = 0
     for host in registry.hosts():

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from .. import losses
 from .._files import replacing, writing
 from ..errors import ConfigError, MMTSError, TableError
-from ..presets import MAX_MARGIN, PRESETS
+from ..presets import presets
 from . import command
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     command.add_recipe(parser)
     add = parser.add_argument_group("what is measured").add_argument
     add("--tables", nargs="+", metavar="TABLE", help="compare finished tables instead of measuring a recipe")
-    add("--preset", choices=tuple(PRESETS), default="clip-cc3m",
+    add("--preset", choices=tuple(presets()), default="clip-cc3m",
         help="whose shifts tell how far temperatures move; default: clip-cc3m")  # fmt: skip
     add("-o", "--output", metavar="FILE", help="write the numbers as JSON, too")
     parser.set_defaults(run=run)
@@ -91,7 +92,7 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         command.warn(samples.notes)
         data = command.prepare(options, samples.captions, source.data, samples.labels)
         recipe = resolve(data.points, command.recipe_of(options))
-        preset = PRESETS[args.preset]
+        preset = presets()[args.preset]
         measured = stability.of_recipe(
             data.points, data.weight, recipe, data.hashes, (preset.shift_min, preset.shift_max)
         )
@@ -160,7 +161,7 @@ def _compare(a: ClusterTable, b: ClusterTable, preset_name: str) -> dict[str, An
             f"are missing in the second, which has {len(b)}"
         )
     rows = place.to_numpy()
-    preset, weight = PRESETS[preset_name], a.count.astype(float)
+    preset, weight = presets()[preset_name], a.count.astype(float)
     frequency = b.frequency[rows]
     return {
         "ari": stability.adjusted_rand_index(a.cluster, b.cluster[rows], weight),
@@ -170,7 +171,7 @@ def _compare(a: ClusterTable, b: ClusterTable, preset_name: str) -> dict[str, An
 
 
 def _what(preset_name: str) -> str:
-    return "margin" if PRESETS[preset_name].loss == MAX_MARGIN else "temperature"
+    return losses.kind(presets()[preset_name].loss).number
 
 
 def _moved(gap: dict[str, float], when: str) -> str:

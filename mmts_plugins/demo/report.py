@@ -13,7 +13,7 @@ import numpy as np
 
 from .._files import replacing
 from ..clusters import ClusterTable
-from ..config import read_record
+from ..record import read_record
 from ..report.concepts import Concepts
 from ..report.logs import record_beside
 from ..report.page import embedded, shell

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .._files import check_writable
-from ..config import DISTRIBUTIONS, FILE_NAME, LOG_NAME, flag_parser
 from ..errors import ConfigError
-from ..presets import PRESETS
+from ..hosts.registry import adapters, options_of_hosts
+from ..options import flag_parser
+from ..presets import presets
+from ..record import FILE_NAME, LOG_NAME
 
 _CHANGES = ("alpha", "shift_min", "shift_max", "num_oscillations", "period")
 _DEFAULT_STEPS = 1000
@@ -29,7 +31,7 @@ def add_parsers(commands: Any) -> None:
 def _add_schedule(commands: Any) -> None:
     parser = commands.add_parser(
         "schedule",
-        parents=[flag_parser()],
+        parents=[flag_parser(options_of_hosts())],
         allow_abbrev=False,
         help="resolve a run's --loss and --mmts-* flags without host or GPU, and show the temperatures they lead to",
         description="Resolves --loss (default: mmts) and --mmts-* flags as the host's run would, checks the files they "
@@ -37,12 +39,14 @@ def _add_schedule(commands: Any) -> None:
         "GPU. Exit status 2, with the run's own error, if it would not start.",
         epilog="For example: mmts schedule --host openclip --total-steps 6000 --mmts-clusters clusters.parquet",
     )
-    parser.add_argument("--host", required=True, metavar="HOST", help="whose defaults apply: openclip, avion, ...")
+    names = ", ".join(adapter.name for adapter in adapters())
+    parser.add_argument("--host", required=True, metavar="HOST", help=f"whose run: {names}")
     parser.add_argument("--total-steps", required=True, type=int, metavar="N", help="optimizer steps of the whole run")
     parser.add_argument(
         "--train-metadata",
         metavar="FILE",
-        help="AVION: the annotation file whose classes the run counts, where no --mmts-clusters is given",
+        help="of a host that counts classes itself: the annotation file in which its run does, where no "
+        "--mmts-clusters is given",
     )
     parser.add_argument(
         "--no-table",
@@ -53,13 +57,14 @@ def _add_schedule(commands: Any) -> None:
 
 
 def _run_schedule(args: argparse.Namespace) -> int:
-    from ..plan import Plan, describe, resolve_for
+    from ..plan import Plan, adapter_of, describe
 
     flags = {name: value for name, value in vars(args).items() if name == "loss" or name.startswith("mmts_")}
     if "mmts_config" not in flags:
         flags.setdefault("loss", "mmts")
-    config, table = resolve_for(args.host, flags, args.train_metadata, not args.no_table)
-    print(describe(Plan(vars(config), args.total_steps, table), args.host))
+    adapter = adapter_of(args.host)
+    config, table, _ = adapter.resolve(flags, args.train_metadata, not args.no_table)
+    print(describe(Plan(config.values, args.total_steps, table), adapter))
     for warning in config.warnings():
         print(f"\nwarning: {warning}")
     return 0
@@ -82,7 +87,7 @@ def _add_plot(commands: Any) -> None:
         epilog="For example: mmts plot schedule --preset clip-cc3m vast-clip --table clusters.parquet -o schedule.png",
     )
     add = parser.add_argument
-    add("--preset", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(PRESETS)}; default: clip-cc3m")
+    add("--preset", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(presets())}; default: clip-cc3m")
     add("--config", nargs="+", default=[], metavar="FILE", help="saved mmts.yaml files, in place of or beside presets")
     add("--table", metavar="FILE", help="cluster table: thirds of its samples, in place of the rarest, middling and "
         "most common concept; of a config, default: the table it names, if it is still there")  # fmt: skip
@@ -151,9 +156,9 @@ def _add_report(commands: Any) -> None:
     add("--force", action="store_true", help="replace a report in DIR")
     add = parser.add_argument_group("tables").add_argument
     add("--preset", metavar="NAME",
-        help=f"shifts and amplitude to show: {', '.join(PRESETS)}; default: clip-cc3m for captions, avion-max-margin "
+        help=f"shifts and amplitude to show: {', '.join(presets())}; default: clip-cc3m for captions, avion-max-margin "
         "for classes")  # fmt: skip
-    add("--distribution", choices=DISTRIBUTIONS, help="of annotations, only this; default: all three")
+    add("--distribution", metavar="CLASSES", help="of annotations that hold several kinds of classes, only these")
     add("--embeddings", metavar="FILE", help=".npy or .safetensors, a row for each key of the table, for the map")
     add("--encoder", metavar="NAME", help="embed a sample of the captions for the map, as in mmts cluster")
     add("--projection", choices=("tsne", "umap"), default="tsne", help="of the map (default: tsne)")
@@ -183,7 +188,7 @@ def _run_report(args: argparse.Namespace) -> int:
             args.projection,
             args.sample,
             args.seed,
-            (args.distribution,) if args.distribution else DISTRIBUTIONS,
+            args.distribution,
         )
         with own_style():
             written = table.write(args.inputs, args.output, options)

@@ -10,13 +10,15 @@ from typing import Any, Optional
 
 import numpy as np
 
+from .. import losses
 from .._files import replacing
 from ..clusters import CAPTION
-from ..config import FIELDS, FILE_NAME, RECORDED, THIRDS
+from ..config import THIRDS, of_options
 from ..errors import ConfigError, MMTSError, one_line, reading
 from ..fields import TEXT, WHOLE, Field, check_mapping
+from ..options import COMMON
 from ..plan import Plan, named_table
-from ..presets import INFONCE, MAX_MARGIN
+from ..record import FILE_NAME, RECORDED
 from .logs import Metric, Score, TrainingLog, read_run
 from .page import Page, number, slugs
 from .plots import HEAD, MIDDLE, MOST_PANELS, PLAIN, SERIES, TAIL, legend_above, literal, new_figure, save
@@ -33,7 +35,7 @@ _PLOTTED_METRICS = 100
 _TALLEST = 60  # inches of a figure
 _PLANNED = {
     **{
-        name: FIELDS[name]
+        name: of_options(COMMON)[name]
         for name in (
             "alpha",
             "shift_min",
@@ -45,7 +47,7 @@ _PLANNED = {
             "clusters",
         )
     },
-    "loss": Field(TEXT, choices=(INFONCE, MAX_MARGIN)),
+    "loss": Field(TEXT),
     "total_steps": Field(WHOLE, least=1),
     "table_hash": RECORDED["table_hash"],
 }
@@ -185,8 +187,8 @@ def _tables(page: Page, runs: Sequence[TrainingLog], plans: Sequence[tuple[Optio
         if plan is not None and plan.table is not None:
             table = plan.table
             rows.append([run.name, f"{len(table):,} {'captions' if table.kind == CAPTION else 'classes'}",
-                         f"{len(table.sizes):,}", f"{int(table.count.sum()):,}",
-                         f"{number(table.frequency.min())} to {number(table.frequency.max())}"])  # fmt: skip
+                         f"{table.clusters:,}", f"{table.samples:,}",
+                         f"{number(table.summary.low)} to {number(table.summary.high)}"])  # fmt: skip
     if rows:
         page.table(["", "keys", "clusters", "samples", "frequency"], rows)
         page.text("More about a table: mmts report TABLE -o DIR.", small=True)
@@ -278,7 +280,7 @@ def plot_schedule(path: Path, runs: Sequence[TrainingLog], plans: Sequence[Optio
             legend = (axes, plan)
         shifts = plan.shifts.values()
         half = plan.schedule.alpha / 2
-        said.append(f"{run.name}: {'margins' if plan.is_margin else 'temperatures'} from {min(shifts) - half:.4g} to "
+        said.append(f"{run.name}: {plan.kind.number}s from {min(shifts) - half:.4g} to "
                     f"{max(shifts) + half:.4g} over {plan.total_steps:,} steps")  # fmt: skip
     if legend is not None:
         legend_above(figure, legend[0], columns=3)
@@ -478,7 +480,7 @@ def _points(axes: Any, scores: Sequence[Score], at: Sequence[float], color: str,
 def model_card(run: TrainingLog) -> str:
     """A Markdown fragment for the model card of a run of ours, with the citation."""
     record = run.record
-    what = "temperature" if record.get("loss") == INFONCE else "margin"
+    what = losses.kind(record["loss"]).number
     lines = [
         "## Training with MM-TS",
         "",

@@ -1,4 +1,4 @@
-"""The hosts that can be patched. Third parties add theirs through the entry-point group ``mmts_plugins.hosts``.
+"""The hosts that are known. Third parties add theirs through the entry-point group ``mmts_plugins.hosts``.
 
 An entry point names a module with a function ``mmts_host()`` marked :data:`hookimpl`, which returns a ``Host``, or
 several that share their code; the built-in hosts use the same door. One that cannot be loaded is :class:`Broken`, and
@@ -8,20 +8,23 @@ keeps nobody else from training.
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, Union
 
 import pluggy
 
-from ._hooks import HalfImported
-from .errors import MMTSError, cause, last_resort, one_line
+from .._hooks import HalfImported
+from ..errors import MMTSError, cause, last_resort, one_line
 
 if TYPE_CHECKING:
-    from .patches._target import Host
+    from ..options import Option
+    from .adapter import Adapter
+    from .host import Host
 
 PROJECT = "mmts_plugins"
 GROUP = "mmts_plugins.hosts"
@@ -63,12 +66,14 @@ _broken: list[Broken] = []
 def hosts() -> list[Host]:
     """All registered hosts, built-in and third-party; the same objects on every call."""
     if not _hosts:
-        from .patches import avion, openclip, vast
+        from .. import patches
 
-        for built_in in (openclip, avion, vast):  # by name, so that a checkout without installed metadata has them too
-            _built_in.extend(_hosts_of(built_in))
+        # By what is in the folder, so that a checkout without installed metadata has them too.
+        for module in sorted(pkgutil.iter_modules(patches.__path__)):
+            if not module.name.startswith("_"):
+                _built_in.extend(_hosts_of(import_module(f"{patches.__name__}.{module.name}")))
         _hosts.extend(_built_in)
-        for name, source, load in _entry_points():
+        for name, source, load in entry_points(GROUP):
             try:
                 _hosts.extend(_hosts_of(load()))
             except (Exception, SystemExit) as error:
@@ -88,7 +93,7 @@ def _hosts_of(plugin: Any) -> list[Host]:
     Raises:
         TypeError: it has no such function, or it returns something else than hosts.
     """
-    from .patches._target import Host
+    from .host import Host
 
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(HostSpec)
@@ -104,12 +109,44 @@ def _hosts_of(plugin: Any) -> list[Host]:
     return found
 
 
-def _entry_points() -> Iterator[tuple[str, str, Any]]:
-    """Name, source and loading function of each third-party adapter, once, whatever other metadata is damaged."""
+def adapters() -> list[Adapter]:
+    """The conventions of every host; some hosts have several."""
+    found: dict[str, Adapter] = {}
+    for host in hosts():
+        for adapter in _adapters_of(host):
+            found.setdefault(adapter.name, adapter)
+    return list(found.values())
+
+
+def _adapters_of(host: Host) -> Sequence[Adapter]:
+    from .adapter import Adapter
+
+    if any(host is each for each in _built_in):
+        return host.adapters()
+    try:
+        found = host.adapters()
+        for each in found:
+            if not isinstance(each, Adapter):
+                raise TypeError(f"its adapters() returned a {type(each).__name__}, not an Adapter")
+            each.check_fields()
+        return found
+    except (Exception, SystemExit) as error:
+        if not any(each.name == host.name for each in _broken):
+            _broken.append(Broken(host.name, host.distribution, _why(error)))
+        return ()
+
+
+def options_of_hosts() -> list[Option]:
+    """The options that only some hosts know, each name once."""
+    return list({option.name: option for adapter in reversed(adapters()) for option in adapter.options}.values())
+
+
+def entry_points(group: str) -> Iterator[tuple[str, str, Any]]:
+    """Name, source and loading function of each third-party plugin, once, whatever other metadata is damaged."""
     seen = set()
     for distribution in metadata.distributions():
         try:
-            points = [point for point in distribution.entry_points if point.group == GROUP]
+            points = [point for point in distribution.entry_points if point.group == group]
             name = distribution.metadata["Name"]
         except Exception:  # somebody's damaged metadata: nothing to do with us
             continue
@@ -125,7 +162,7 @@ def _why(error: BaseException) -> str:
 
 def install_all() -> None:
     """Arm the seams of every host, and print our errors as one line instead of a traceback."""
-    from . import _startup
+    from .. import _startup
 
     _startup.guard()
     for host in hosts():

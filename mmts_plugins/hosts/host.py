@@ -1,4 +1,4 @@
-"""A seam, and installing a host's table of them.
+"""A trainer and its seams: installing the table of them, taking it out again, saying what state each is in.
 
 A seam is a function, or a method of a class, that we replace right after its module is imported, before other modules
 bind it. The replacement calls the original wherever the run does not ask for us. Classes stay what they are: picklable,
@@ -19,10 +19,13 @@ from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from types import CellType, ModuleType
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from .. import _hooks
 from ..errors import SeamError, shown
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class Seam:
         wrapper: ``wrapper(original, *args, **kwargs)``, called instead of it.
         required: whether a host without this attribute is one we do not know. ``False`` where host versions differ.
         uses: names of attributes that its body must read, where our wrapper relies on that.
+        takes_flags: whether the wrapper is what takes our flags off the command line (:func:`.options.split_flags`).
+            A run that asks for a schedule stops where it does not.
     """
 
     module: str
@@ -47,6 +52,7 @@ class Seam:
     wrapper: Wrapper
     required: bool = True
     uses: tuple[str, ...] = ()
+    takes_flags: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.attribute}"
@@ -76,7 +82,10 @@ class Host:
         package: what it is imported as; says the version of a checkout that shadows an installed one.
         versions: the range of versions that these seams were run on, for messages.
         seams: in no particular order; each is installed on its own.
-        start_modules: what ``python -m`` or a launcher is given to start this host: modules, or names of scripts.
+        adapters: makes its conventions, one for each kind of run; called only where they are needed, so that its module
+            may import what is slow to import.
+        start_modules: what ``python -m`` or a launcher is given to start this host: modules, or names of scripts. Of a
+            library that scripts of the users' own import, ``None``: any target may be one.
         on_import: functions called right after a module of the host is imported, before its seams are looked at.
         checkout: for a host that is no package: where to get it. It counts as installed where it can be imported.
         root_files: for a checkout whose modules have names that others use too (``utils``, ``model``): files at its
@@ -89,7 +98,8 @@ class Host:
     package: str
     versions: str
     seams: Sequence[Seam]
-    start_modules: tuple[str, ...]
+    adapters: Callable[[], Sequence[Adapter]]
+    start_modules: Optional[tuple[str, ...]] = None
     on_import: Mapping[str, Callable[[ModuleType], None]] = field(default_factory=dict)
     checkout: str = ""
     root_files: tuple[str, ...] = ()
@@ -108,8 +118,9 @@ class Host:
         right = {
             "name, distribution, package, versions": all(isinstance(each, str) and each for each in texts),
             "seams": isinstance(self.seams, several) and all(isinstance(seam, Seam) for seam in self.seams),
-            "start_modules": isinstance(self.start_modules, several)
-            and all(isinstance(each, str) for each in self.start_modules),
+            "adapters": callable(self.adapters),
+            "start_modules": self.start_modules is None
+            or (isinstance(self.start_modules, several) and all(isinstance(each, str) for each in self.start_modules)),
             "on_import": isinstance(self.on_import, Mapping) and all(map(callable, self.on_import.values())),
         }
         for name, good in right.items():
@@ -152,6 +163,8 @@ class Host:
 
     def starts(self, target: str, as_module: bool) -> bool:
         """Whether this host is what a launcher is given: a module, or the path of a script."""
+        if self.start_modules is None:
+            return True
         if as_module:
             return target in self.start_modules
         folder, name = os.path.split(os.path.abspath(target))
