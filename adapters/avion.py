@@ -331,6 +331,8 @@ class Run(Session):
             world_size=args.world_size,
         )
         super().__init__(job.adapter, job.resolved, facts, None if samples is None else lambda: samples.index)
+        if samples is None and self.table is not None and not self.config.no_shifts:
+            raise SeamError(f"AVION {job.host_version}: training starts, but its training data were never seen by us")
         self._args = args
         self._segment = self.config.own["cluster_of"] == SEGMENT
         if samples is not None and not self._segment:

@@ -22,7 +22,7 @@ from mmts_plugins.clustering import build, cache, encoders, stability
 from mmts_plugins.clustering.estimate import Recipe, estimate, resolve
 from mmts_plugins.clustering.rows import caption_hashes
 from mmts_plugins.clustering.sources import Source, read_samples
-from mmts_plugins.presets import PRESETS
+from mmts_plugins.presets import presets
 
 SETS = {
     "YouCook2": Source("youcook2/descs_cap_train.json"),
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", default="stability", help="prefix of the .json and .md files")
     args = parser.parse_args()
     encoder = encoders.TextEncoder(args.encoder)
-    preset = PRESETS["clip-cc3m"]
+    preset = presets()["clip-cc3m"]
     results = []
     for name, source in SETS.items():
         path = args.data / source.data

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NoReturn, Optional
 
 from . import __version__
-from .errors import ConfigError, MMTSError, cause, last_resort, one_line, reading, shown
+from .errors import ConfigError, MMTSError, SeamError, cause, last_resort, one_line, reading, shown
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -152,10 +152,25 @@ def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]
         )
     sys.argv = [target, *local_rank, *rest]
     if as_module:
-        return partial(runpy.run_module, target, run_name="__main__", alter_sys=True)
-    if not safe_path:
-        sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
-    return partial(runpy.run_path, target, run_name="__main__")
+        started: Callable[[], object] = partial(runpy.run_module, target, run_name="__main__", alter_sys=True)
+    else:
+        if not safe_path:
+            sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
+        started = partial(runpy.run_path, target, run_name="__main__")
+    return partial(_run_and_see, started, target) if asks_for_us(rest) else started
+
+
+def _run_and_see(started: Callable[[], object], target: str) -> None:
+    """Run the target, and stop with an error where nobody took the flags that asked for a schedule.
+
+    Raises:
+        SeamError: they are still on the command line. A host whose seam takes them is told before it trains.
+    """
+    from . import options
+
+    started()
+    if not options.taken:
+        raise SeamError(f"{shown(target)} ended, and no adapter took --loss: what it trained, it trained without MM-TS")
 
 
 def _check_exists(target: str, as_module: bool) -> None:

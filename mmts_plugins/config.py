@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Optional
 
 from . import losses
 from .errors import ConfigError, shown
+from .fields import Field
 from .losses import LossKind
 from .options import COMMON, CONFIG_FILE, DEFAULT_OSCILLATIONS, Option, field_of, flag_of, flag_parser, split_flags
 from .presets import presets
@@ -50,15 +51,13 @@ class Config:
     own: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for option in COMMON:
-            object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
+        for name, known in of_options(COMMON).items():
+            object.__setattr__(self, name, known.check(flag_of(name), getattr(self, name)))
         if self.loss == "mmts":
             raise ConfigError(
                 f"--loss is 'mmts', which each host reads as one of {', '.join(losses.names())}: say which"
             )
         kind = self.kind
-        if self.preset is not None:
-            check_preset(self.preset)
         if self.shift_min > self.shift_max:
             raise ConfigError(f"--mmts-shift-min {self.shift_min} is above --mmts-shift-max {self.shift_max}")
         if (self.num_oscillations is None) == (self.period is None):
@@ -191,6 +190,10 @@ def _refuse_foreign(values: Mapping[str, Any], adapter: Adapter) -> None:
                 raise ConfigError(f"{flag_of(option.name)} is for {other.title}, and means nothing here; leave it out")
 
 
-def of_options(options: Sequence[Option]) -> dict[str, Any]:
-    """Fields of options by name, for :func:`mmts_plugins.fields.check_mapping`."""
-    return {option.name: option.field for option in options}
+def of_options(options: Sequence[Option]) -> dict[str, Field]:
+    """What fields may be, by name, as :func:`mmts_plugins.fields.check_mapping` takes it."""
+    found = {option.name: option.field for option in options}
+    for name, known in (("loss", ("mmts", *losses.names())), ("preset", tuple(presets()))):
+        if name in found:
+            found[name] = replace(found[name], choices=known)
+    return found

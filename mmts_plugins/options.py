@@ -53,6 +53,9 @@ class Option:
 
 COMMON = (
     Option("loss", Field(TEXT), "schedule the contrastive loss: mmts is the host's own family", "LOSS"),
+    Option("alpha", Field(NUMBER, least=0, most=_HIGHEST), "peak-to-peak amplitude of the cosine (Eq. 7)", "A"),
+    Option("shift_min", Field(NUMBER, least=-_HIGHEST, most=_HIGHEST), "shift of the rarest concept (Eq. 6)", "S"),
+    Option("shift_max", Field(NUMBER, least=-_HIGHEST, most=_HIGHEST), "shift of the most common concept (Eq. 6)", "S"),
     Option(
         "clusters",
         Field(TEXT, null=True),
@@ -61,9 +64,6 @@ COMMON = (
         compared=False,
     ),
     Option("preset", Field(TEXT, null=True), "the paper's alpha and shifts", "NAME", compared=False),
-    Option("alpha", Field(NUMBER, least=0, most=_HIGHEST), "peak-to-peak amplitude of the cosine (Eq. 7)", "A"),
-    Option("shift_min", Field(NUMBER, least=-_HIGHEST, most=_HIGHEST), "shift of the rarest concept (Eq. 6)", "S"),
-    Option("shift_max", Field(NUMBER, least=-_HIGHEST, most=_HIGHEST), "shift of the most common concept (Eq. 6)", "S"),
     Option(
         "num_oscillations",
         _TURNS,
@@ -149,6 +149,10 @@ def _add(group: Any, option: Option) -> None:
     group.add_argument(option.flag, **given, **({"type": kind} if kind else {}))
 
 
+taken = False
+"""Whether somebody has taken flags of ours off a command line in this process: who asks for a schedule can see to it."""
+
+
 def split_flags(argv: Sequence[str], own: Sequence[Option] = ()) -> tuple[dict[str, Any], list[str]]:
     """Take our flags out of a command line.
 
@@ -164,6 +168,7 @@ def split_flags(argv: Sequence[str], own: Sequence[Option] = ()) -> tuple[dict[s
     """
     from .hosts.registry import options_of_hosts
 
+    global taken
     options = {option.name: option for option in (*COMMON, *options_of_hosts(), *own)}
     switches = {ALLOW_CHANGE} | {_dest(name) for name, option in options.items() if option.field.kind == SWITCH}
     known = {flag_of(name): _dest(name) for name in options}
@@ -200,6 +205,7 @@ def split_flags(argv: Sequence[str], own: Sequence[Option] = ()) -> tuple[dict[s
     if len(set(given)) > 1 and any(map(means_us, given)):
         every = " and ".join(map(shown, dict.fromkeys(given)))
         raise ConfigError(f"--loss is given several times, as {every}; give it once")
+    taken = taken or bool(flags)
     return flags, rest
 
 

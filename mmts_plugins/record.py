@@ -39,9 +39,11 @@ def record(config: Config, total_steps: int, table_hash: Optional[str], host: st
     from . import __version__
     from .hosts.registry import options_of_hosts
 
+    everyones = {option.name: None for option in options_of_hosts()}
+    values = {**config.values, **everyones, **config.own}
     return {
-        **{option.name: None for option in options_of_hosts()},
-        **config.values,
+        **{name: value for name, value in values.items() if name != "diagnostics_every"},
+        "diagnostics_every": config.diagnostics_every,
         "period": config.period_steps(total_steps),
         "total_steps": total_steps,
         "table_hash": table_hash,

@@ -310,7 +310,7 @@ def test_launcher_finds_modules_where_python_would(tmp_path):
 
 # -- the start-up file -------------------------------------------------------------------------------------------------
 
-LOADED = "import sys; print(sorted({'torch', 'pluggy', 'mmts_plugins.registry', 'argparse'} & set(sys.modules)))"
+LOADED = "import sys; print(sorted({'torch', 'pluggy', 'mmts_plugins.hosts.registry', 'argparse'} & set(sys.modules)))"
 
 
 @needs_startup_file
@@ -323,12 +323,12 @@ def test_unrelated_processes_are_left_alone():
 
 def test_the_switch_arms_without_being_asked():
     done = started(LOADED, MMTS="1").stdout.strip()
-    assert "'mmts_plugins.registry', 'pluggy'" in done
+    assert "'mmts_plugins.hosts.registry', 'pluggy'" in done
 
 
 @pytest.mark.parametrize("arguments", [[], ["--loss", "mse"], ["--loss-dist-impl", "reduce"]])
 def test_what_does_not_ask_arms_nothing(arguments):
-    loaded = "import sys; print('mmts_plugins.registry' in sys.modules)"  # pluggy is pytest's too
+    loaded = "import sys; print('mmts_plugins.hosts.registry' in sys.modules)"  # pluggy is pytest's too
     assert started(loaded, *arguments).stdout.strip() == "False"
 
 
@@ -414,7 +414,7 @@ def test_a_broken_installation_refuses_instead_of_training_plain_clip(tmp_path):
 HOST = """
 import sys
 sys.path.insert(0, {folder!r})
-from mmts_plugins.patches._target import Host, Seam
+from mmts_plugins.hosts.host import Host, Seam
 from mmts_plugins import _hooks
 def wrapper(original, *args): return "ours:" + original(*args)
 host = Host("Tiny", "tiny-host", "tiny", "1.0", (Seam("tiny.leaf", "make", ("args",), wrapper),), ("tiny.main",))
@@ -632,8 +632,8 @@ def test_two_copies_of_us_do_not_ask_each_other_for_ever(tiny):
 # -- adapters of others ------------------------------------------------------------------------------------------------
 
 ADAPTER = """
-from mmts_plugins.patches._target import Host, Seam
-from mmts_plugins.registry import hookimpl
+from mmts_plugins.hosts.host import Host, Seam
+from mmts_plugins.hosts.registry import hookimpl
 def wrapper(original, *args): return "ours:" + original(*args)
 @hookimpl
 def mmts_host():
@@ -679,7 +679,7 @@ def test_an_adapter_of_somebody_else_is_used(adapters):
     path = adapters(good=ADAPTER)
     done = launch("-m", "tiny.main", "--loss", "mmts", PYTHONPATH=path)
     assert done.stdout.strip() == "ours:plain trained ['--loss', 'mmts']"
-    done = python("from mmts_plugins import registry; print([h.name for h in registry.hosts()], registry.broken())",
+    done = python("from mmts_plugins.hosts import registry; print([h.name for h in registry.hosts()], registry.broken())",
                   PYTHONPATH=path)  # fmt: skip
     built_in = "'OpenCLIP', 'AVION', 'VAST', 'VAST (vast_utils)', 'GRAM'"
     assert done.stdout.strip() == f"[{built_in}, 'Tiny'] []"
@@ -687,7 +687,7 @@ def test_an_adapter_of_somebody_else_is_used(adapters):
 
 def test_a_broken_adapter_stops_nobody_else(adapters):
     path = adapters(**{name: text for name, (text, _) in FAULTS.items()}, good=ADAPTER)
-    code = "from mmts_plugins import registry; print(*(h.name for h in registry.hosts())); "
+    code = "from mmts_plugins.hosts import registry; print(*(h.name for h in registry.hosts())); "
     done = python(code + "print(*registry.broken(), sep='\\n')", PYTHONPATH=path)
     names, *lines = done.stdout.splitlines()
     assert names == "OpenCLIP AVION VAST VAST (vast_utils) GRAM Tiny"
@@ -719,7 +719,7 @@ def test_a_broken_adapter_is_told_where_its_host_may_be_meant(adapters):
 def test_an_adapter_that_fails_while_it_is_armed_is_left_out(adapters):
     odd = "class Odd(Host):\n    def install(self, module=None): 1 / 0\n"
     path = adapters(late=ADAPTER.replace("def wrapper", odd + "def wrapper").replace("return Host", "return Odd"))
-    code = "import mmts_plugins; mmts_plugins.install(); from mmts_plugins import registry; print(*registry.broken())"
+    code = "import mmts_plugins; mmts_plugins.install(); from mmts_plugins.hosts import registry; print(*registry.broken())"
     done = python(code + "; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path)
     assert "the adapter 'Tiny' (tiny-host) cannot be used: ZeroDivisionError" in done.stdout
     assert done.stdout.splitlines()[-1] == "OpenCLIP AVION VAST VAST (vast_utils) GRAM"
@@ -734,12 +734,14 @@ def test_damaged_metadata_of_others_is_passed_over(adapters, tmp_path):
     ):
         (tmp_path / f"{name}-1.0.dist-info").mkdir()
         (tmp_path / f"{name}-1.0.dist-info" / "entry_points.txt").write_bytes(text)
-    done = python("from mmts_plugins import registry; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path)
+    done = python(
+        "from mmts_plugins.hosts import registry; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path
+    )
     assert done.stdout.strip() == "OpenCLIP AVION VAST VAST (vast_utils) GRAM Tiny"
 
 
 def test_every_built_in_host_is_registered_by_entry_point():
-    from mmts_plugins import registry
+    from mmts_plugins.hosts import registry
 
     hosts = {host.name: host for host in registry.hosts()}
     assert {name: len(host.seams) for name, host in hosts.items()} == {
@@ -769,7 +771,7 @@ def test_every_built_in_host_is_registered_by_entry_point():
 
 def test_faults_of_ours_are_one_line_and_the_hosts_tracebacks_stay(tiny):
     code = """
-    from mmts_plugins import registry, schedule
+    from mmts_plugins.hosts import registry, schedule
     registry._hosts = [host]
     registry.quiet_excepthook()
     registry.quiet_excepthook()
@@ -818,7 +820,7 @@ DOCTOR = "from mmts_plugins import cli, registry; code = cli.main(['doctor']); p
 
 def test_doctor_names_what_others_have_broken(adapters):
     path = adapters(lacks=FAULTS["lacks"][0], good=ADAPTER)
-    quick = "from mmts_plugins import registry; registry.hosts(); del registry._hosts[:5]; "
+    quick = "from mmts_plugins.hosts import registry; registry.hosts(); del registry._hosts[:5]; "
     done = python(quick + DOCTOR, PYTHONPATH=path)
     lines = done.stdout.splitlines()
     assert "  PROBLEM  the adapter 'lacks' (adapter_lacks of adapter-lacks) cannot be used: ModuleNotFoundError: " \
@@ -831,7 +833,7 @@ def test_doctor_names_what_others_have_broken(adapters):
 def test_doctor_survives_hosts_that_cannot_be_asked(adapters):
     path = adapters(good=ADAPTER)
     odd = """
-    from mmts_plugins import registry, cli
+    from mmts_plugins.hosts import registry, cli
     *_, host = registry.hosts()
     registry._hosts[:] = [host]
     host.version = lambda: {version}

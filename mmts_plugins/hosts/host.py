@@ -21,7 +21,8 @@ from pathlib import Path
 from types import CellType, ModuleType
 from typing import TYPE_CHECKING, Any, Optional
 
-from .. import _hooks
+from .. import _hooks, options
+from .._startup import asks_for_us
 from ..errors import SeamError, shown
 
 if TYPE_CHECKING:
@@ -314,7 +315,13 @@ class Host:
         def replacement(*args: Any, **kwargs: Any) -> Any:
             if seam not in self._hooks:  # uninstalled, but somebody still holds us
                 return original(*args, **kwargs)
-            return seam.wrapper(original, *args, **kwargs)
+            result = seam.wrapper(original, *args, **kwargs)
+            if seam.takes_flags and asks_for_us(sys.argv[1:]) and not options.taken:
+                raise SeamError(
+                    f"{self.name} {self.version()}: its adapter left --loss and --mmts-* on the command line, so the "
+                    "schedule would not apply"
+                )
+            return result
 
         replacement._mmts_seam = str(seam)  # type: ignore[attr-defined]
         return replacement

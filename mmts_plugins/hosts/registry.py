@@ -8,7 +8,6 @@ keeps nobody else from training.
 from __future__ import annotations
 
 import os
-import pkgutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -68,10 +67,8 @@ def hosts() -> list[Host]:
     if not _hosts:
         from .. import patches
 
-        # By what is in the folder, so that a checkout without installed metadata has them too.
-        for module in sorted(pkgutil.iter_modules(patches.__path__)):
-            if not module.name.startswith("_"):
-                _built_in.extend(_hosts_of(import_module(f"{patches.__name__}.{module.name}")))
+        for name in patches.BUILT_IN:  # by name, so that a checkout without installed metadata has them too
+            _built_in.extend(_hosts_of(import_module(f"{patches.__name__}.{name}")))
         _hosts.extend(_built_in)
         for name, source, load in entry_points(GROUP):
             try:
@@ -138,7 +135,11 @@ def _adapters_of(host: Host) -> Sequence[Adapter]:
 
 def options_of_hosts() -> list[Option]:
     """The options that only some hosts know, each name once."""
-    return list({option.name: option for adapter in reversed(adapters()) for option in adapter.options}.values())
+    found: dict[str, Option] = {}
+    for adapter in adapters():
+        for option in adapter.options:
+            found.setdefault(option.name, option)
+    return list(found.values())
 
 
 def entry_points(group: str) -> Iterator[tuple[str, str, Any]]:

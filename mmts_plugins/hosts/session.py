@@ -222,14 +222,14 @@ class Session:
         Raises:
             SeamError: the step before went by without a loss of ours.
         """
-        if self._opened and step != self.step:
-            if self.expects_loss and not self._taken:
-                raise SeamError(
-                    f"{self.adapter.title} {self.facts.host_version}: step {self.step} went by without the MM-TS loss; "
-                    "plain training would go on unnoticed. See: mmts doctor"
-                )
-            self._taken = 0
-        self._opened = True
+        if self._opened and step == self.step:
+            return
+        if self._opened and self.expects_loss and not self._taken:
+            raise SeamError(
+                f"{self.adapter.title} {self.facts.host_version}: step {self.step} went by without the MM-TS loss; "
+                "plain training would go on unnoticed. See: mmts doctor"
+            )
+        self._opened, self._taken = True, 0
         self.runtime.step = step
 
     def temperatures(self, samples: Any, counted: bool = True) -> Tensor:
