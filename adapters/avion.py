@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Optional
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import Config
@@ -109,14 +109,19 @@ class AvionPretraining(Avion):
     defaults: ClassVar[Mapping[str, Any]] = {"cluster_of": DRAWN, "distribution": None}
     counted_in = ""
 
+    def open_table(self, path: str, config: Config) -> Table:
+        self.settle(config, None, {})
+        table = load_table(path)
+        if table.kind != CAPTION:
+            raise TableError(f"{table.source}: a table of classes, but narrations of pre-training have none")
+        return table
+
     def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
         if config.own["distribution"] is not None or config.own["cluster_of"] != DRAWN:
             raise ConfigError(
                 "pre-training has narrations and no classes: leave out --mmts-distribution and --mmts-cluster-of, and "
                 "give a table of the narrations (--mmts-clusters)"
             )
-        if table is not None and table.kind != CAPTION:
-            raise TableError(f"{table.source}: a table of classes, but narrations of pre-training have none")
         return config
 
 
@@ -337,7 +342,6 @@ class Run(Session):
         self._segment = self.config.own["cluster_of"] == SEGMENT
         if samples is not None and not self._segment:
             self.judge_batches("drawn captions", samples.text)
-        self._losses: Optional[nn.Module] = None
         self._tokens: Optional[Tensor] = None
         self._shown: dict[str, float] = {}
         # Without a learning rate schedule (--fix-lr) nobody tells the step, and forward passes are counted.
@@ -372,7 +376,7 @@ class Run(Session):
         """``[n, L]`` token ids of the captions that the model is given in a training step."""
         self._tokens = tokens
 
-    def loss(
+    def loss_of_batch(
         self, host_loss: Any, image_features: Tensor, text_features: Tensor, rows: Optional[Tensor] = None
     ) -> Tensor:
         """The training loss.
@@ -388,18 +392,15 @@ class Run(Session):
         if self._counted_from is not None:
             self.at_step(self._counted_from)
             self._counted_from += 1
-        self.loss_taken()
-        if self._losses is None:
-            self._losses = self.module(host_loss.local_loss, host_loss.gather_with_grad)
         temperature = self.temperatures(self._samples(rows))
         if (self.step + 1) % self._steps_per_epoch == 0:
             self.judge_now()
         # In float32 whatever AMP makes of them: InfoNCE expects normalised features.
         images, texts = (F.normalize(features.float(), dim=-1) for features in (image_features, text_features))
-        self.watch(images, texts, temperature)
+        flags = {"local_loss": host_loss.local_loss, "gather_with_grad": host_loss.gather_with_grad}
+        loss = self.loss(images, texts, temperature, **flags)
         if self.facts.rank == 0 and self.step % self._steps_per_epoch % self._args.print_freq == 0:  # as AVION prints
             self._shown = self.report(line=False)
-        loss: Tensor = self._losses(images, texts, temperature)
         return loss
 
     def _samples(self, rows: Optional[Tensor]) -> Tensor:

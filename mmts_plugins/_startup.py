@@ -5,8 +5,8 @@ armed by ``python -m mmts_plugins run`` are the same from then on.
 
 Why it is on by default: without it a host may read ``--loss mmts`` as an abbreviation of a flag of its own, and train
 plain without a word. For the same reason the functions that read such a host's command line are guarded in every
-process: a notebook that calls ``main(["--loss", "mmts"])`` and has not armed us is refused. What there is to know of the
-hosts stands in :mod:`.patches._before`.
+process: a notebook that calls ``main(["--loss", "mmts"])`` and has not armed us is refused. What there is to know of
+the hosts stands in :mod:`.patches._before`.
 """
 
 from __future__ import annotations

@@ -144,7 +144,8 @@ def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]
     if as_module and not safe_path and not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # where `python -m` looks first
     _check_exists(target, as_module)
-    if asks_for_us(rest) and not any(host.starts(target, as_module) for host in registry.hosts()):
+    hosts = [host for host in registry.hosts() if host.starts(target, as_module)] if asks_for_us(rest) else []
+    if asks_for_us(rest) and not hosts:
         known = dict.fromkeys(name for host in registry.hosts() for name in host.start_modules or ())
         problems = "".join(f"; {each}" for each in registry.broken())
         raise ConfigError(
@@ -157,11 +158,12 @@ def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]
         if not safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
         started = partial(runpy.run_path, target, run_name="__main__")
-    return partial(_run_and_see, started, target) if asks_for_us(rest) else started
+    only_libraries = bool(hosts) and all(host.start_modules is None for host in hosts)
+    return partial(_run_and_see, started, target) if only_libraries else started
 
 
 def _run_and_see(started: Callable[[], object], target: str) -> None:
-    """Run the target, and stop with an error where nobody took the flags that asked for a schedule.
+    """Run what may be a script of a library's user, and end with an error where nobody took the flags.
 
     Raises:
         SeamError: they are still on the command line. A host whose seam takes them is told before it trains.

@@ -150,7 +150,7 @@ def _add(group: Any, option: Option) -> None:
 
 
 taken = False
-"""Whether somebody has taken flags of ours off a command line in this process: who asks for a schedule can see to it."""
+"""Whether flags of ours were taken off a command line in this process: who asks for a schedule can see to it."""
 
 
 def split_flags(argv: Sequence[str], own: Sequence[Option] = ()) -> tuple[dict[str, Any], list[str]]:

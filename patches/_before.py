@@ -1,4 +1,4 @@
-"""What start-up must know of the hosts before anything of theirs, or of ours, is imported: the standard library only."""
+"""What start-up must know of the hosts before anything of theirs, or of ours, is imported. Standard library only."""
 
 from __future__ import annotations
 

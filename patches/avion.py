@@ -207,7 +207,7 @@ def _max_margin(
     run = _training_run()
     if run is None:
         return original(self, image_features, text_features, weight)
-    loss = run.loss(self, image_features, text_features, weight)
+    loss = run.loss_of_batch(self, image_features, text_features, weight)
     return {"loss": loss, "max_margin_loss": loss.detach()}
 
 
@@ -220,7 +220,7 @@ def _clip_loss(
     from ..adapters.avion import batch_accuracy
 
     # DDP expects a gradient for every parameter: the unused scale stays in the graph, with zero.
-    loss = run.loss(self, image_features, text_features) + 0.0 * logit_scale.sum()
+    loss = run.loss_of_batch(self, image_features, text_features) + 0.0 * logit_scale.sum()
     return {"loss": loss, "clip_acc": batch_accuracy(image_features, text_features, self.rank, self.world_size)}
 
 

@@ -451,15 +451,15 @@ def test_a_step_without_clock_or_classes_stops(metadata, tmp_path):
         begun(tmp_path, metadata).start(12)
     run = started(begun(tmp_path, metadata))
     with pytest.raises(SeamError, match="no clock"):
-        run.loss(host, features, features, torch.zeros(4, dtype=torch.long))
+        run.loss_of_batch(host, features, features, torch.zeros(4, dtype=torch.long))
     run.at_step(0)
     with pytest.raises(SeamError, match="does not carry the samples' classes"):
-        run.loss(host, features, features, torch.full((4,), 0.5))
+        run.loss_of_batch(host, features, features, torch.full((4,), 0.5))
     flags = ("--mmts-cluster-of", "caption", "--mmts-no-shifts", "--mmts-allow-config-change")
     drawn = started(begun(tmp_path, metadata, *flags))
     drawn.at_step(0)
     with pytest.raises(SeamError, match="captions the model was not given"):
-        drawn.loss(host, features, features)
+        drawn.loss_of_batch(host, features, features)
 
 
 def test_drawn_captions_that_were_not_tried_before_training(metadata, tmp_path, capsys):
@@ -491,14 +491,14 @@ def test_drawn_captions_that_were_not_tried_before_training(metadata, tmp_path, 
             run.at_step(step)
             run.see(tokenize(drawn[20 * step :][:20]))
             with pytest.raises(TableError, match=message) if step == steps - 1 else contextlib.nullcontext():
-                run.loss(host, features, features)
+                run.loss_of_batch(host, features, features)
     # The first epoch ends before so many were seen: then it is judged as it is.
     run = started(begun(tmp_path, metadata, *flags, pretraining=True), dataset, 10)
     run._steps_per_epoch = 2
     for step, captions in enumerate([known[:20], [*known[:11], *drawn[:9]]]):
         run.at_step(step)
         run.see(tokenize(captions))
-        run.loss(host, features, features)
+        run.loss_of_batch(host, features, features)
     said = "MM-TS: warning: 9 of the first 40 drawn captions are not in "
     assert [line.split(said)[1] for line in capsys.readouterr().out.splitlines() if said in line] == [
         f"{tmp_path}/captions.parquet (77% found), for example 'lose 5'; 'lose 11'; 'lose 17'; they get the tail shift "
@@ -563,7 +563,7 @@ def test_half_precision_features(metadata, tmp_path):
         run = started(job)
         run.at_step(3)
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(run.loss(host, *features, torch.from_numpy(job.find(samples())[:16])))
+            found.append(run.loss_of_batch(host, *features, torch.from_numpy(job.find(samples())[:16])))
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 

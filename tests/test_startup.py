@@ -27,6 +27,8 @@ needs_openclip = pytest.mark.skipif(
     importlib.util.find_spec("open_clip_train") is None, reason="needs the extra: pip install 'mmts-plugins[openclip]'"
 )
 
+REGISTRY = "from mmts_plugins.hosts import registry"
+
 
 def flags(model, data, logs, **changes) -> list[str]:
     given = {"train_data": data.csv, "dataset_type": "csv", "loss": "mmts", "mmts_clusters": data.table, "epochs": 1}
@@ -679,7 +681,7 @@ def test_an_adapter_of_somebody_else_is_used(adapters):
     path = adapters(good=ADAPTER)
     done = launch("-m", "tiny.main", "--loss", "mmts", PYTHONPATH=path)
     assert done.stdout.strip() == "ours:plain trained ['--loss', 'mmts']"
-    done = python("from mmts_plugins.hosts import registry; print([h.name for h in registry.hosts()], registry.broken())",
+    done = python(f"{REGISTRY}; print([h.name for h in registry.hosts()], registry.broken())",
                   PYTHONPATH=path)  # fmt: skip
     built_in = "'OpenCLIP', 'AVION', 'VAST', 'VAST (vast_utils)', 'GRAM'"
     assert done.stdout.strip() == f"[{built_in}, 'Tiny'] []"
@@ -719,7 +721,7 @@ def test_a_broken_adapter_is_told_where_its_host_may_be_meant(adapters):
 def test_an_adapter_that_fails_while_it_is_armed_is_left_out(adapters):
     odd = "class Odd(Host):\n    def install(self, module=None): 1 / 0\n"
     path = adapters(late=ADAPTER.replace("def wrapper", odd + "def wrapper").replace("return Host", "return Odd"))
-    code = "import mmts_plugins; mmts_plugins.install(); from mmts_plugins.hosts import registry; print(*registry.broken())"
+    code = f"import mmts_plugins; mmts_plugins.install(); {REGISTRY}; print(*registry.broken())"
     done = python(code + "; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path)
     assert "the adapter 'Tiny' (tiny-host) cannot be used: ZeroDivisionError" in done.stdout
     assert done.stdout.splitlines()[-1] == "OpenCLIP AVION VAST VAST (vast_utils) GRAM"

@@ -112,6 +112,7 @@ class Session:
         self._live = Live(self.runtime, self.write_values, path, facts.rank, facts.world_size)
         self._guard: Optional[HitGuard] = None
         self._opened, self._taken = False, 0
+        self._modules: dict[tuple[tuple[str, bool], ...], nn.Module] = {}
         if facts.rank == 0:
             self._banner()
 
@@ -261,6 +262,25 @@ class Session:
         """The loss of this run; the flags as in OpenCLIP's ``ClipLoss``."""
         facts = self.facts
         return self.config.kind.module(local_loss, gather_with_grad, facts.rank, facts.world_size, label_smoothing)
+
+    def loss(self, image_features: Tensor, text_features: Tensor, temperature: Tensor, **flags: bool) -> Tensor:
+        """The loss of a training step, counted and watched.
+
+        Args:
+            image_features, text_features: ``[n, D]`` of this rank, L2-normalised.
+            temperature: ``[n]`` from :meth:`temperatures`.
+            flags: of :meth:`module`.
+
+        Raises:
+            SeamError: nobody has said that another step began.
+        """
+        self.loss_taken()
+        self.watch(image_features, text_features, temperature)
+        key = tuple(sorted(flags.items()))
+        if key not in self._modules:
+            self._modules[key] = self.module(**flags)
+        value: Tensor = self._modules[key](image_features, text_features, temperature)
+        return value
 
     def watch(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> None:
         """Where the loss is: measure the batch every ``diagnostics_every`` steps; see :meth:`.live.Live.watch`."""
