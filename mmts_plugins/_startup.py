@@ -28,9 +28,9 @@ _guarded = False
 def means_us(value: str) -> bool:
     """Whether a loss of this name is one of ours, or so near to it that nothing else can be meant."""
     letters = "".join(letter for letter in value.lower() if letter.isalnum())
-    if "mmts" in letters:
-        return True
     word = value.lower().replace("_", "-").split("-")[0]
+    if "mmts" in letters or word == "mm":
+        return True
     one_off = (
         any(word[:i] + word[i + 1 :] == "mmts" for i in range(len(word))),  # a letter too many
         any("mmts"[:i] + "mmts"[i + 1 :] == word for i in range(4)),  # too few
@@ -52,11 +52,11 @@ def asks_for_us(arguments: Sequence[str]) -> bool:
     for name, value in _pairs(arguments):
         if name.startswith("--mmts-"):
             return True
-        # Hosts abbreviate: what --los is read as, --loss is too. A host that we know by a word is asked what it means.
-        if name in ("--loss", "--los") and (
-            means_us(value) or any(word in each for each in arguments for word in _before.WORDS)
-        ):
-            return True
+        if name in ("--loss", "--los"):  # hosts abbreviate: what --los is read as, --loss is too
+            if any(word in each for each in arguments for word in _before.WORDS):
+                return True  # whatever it is: that host is asked what it means
+            if means_us(value) and (value[:2].lower() == "mm" or _starts_host(arguments)):
+                return True
     return False
 
 

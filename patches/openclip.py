@@ -68,9 +68,10 @@ def _parse_args(original: Callable[..., Any], args: Any) -> Any:
     from ..adapters.openclip import refuse_unsupported
 
     HOST.tell_wrappers()
+    resolved = adapter.resolve(flags)
     refuse_unsupported(parsed)
-    _resolved = adapter.resolve(flags)
-    _resolved.config.publish(parsed)
+    resolved.config.publish(parsed)
+    _resolved = resolved
     return parsed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import html
 import json
@@ -20,13 +19,13 @@ import torch
 from conftest import Data, openclip_flags, run_python
 from pages import assert_self_contained
 
-from mmts_plugins.adapters import avion, openclip
+from mmts_plugins.adapters import avion
 from mmts_plugins.cli import main
 from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.config import Config
 from mmts_plugins.errors import ConfigError, MMTSError
 from mmts_plugins.options import split_flags
-from mmts_plugins.plan import Plan, named_table, resolve_for
+from mmts_plugins.plan import Plan, adapter_of, named_table
 from mmts_plugins.presets import presets
 from mmts_plugins.record import record, write_record
 from mmts_plugins.report import concepts, logs, plots, run, schedule, table
@@ -90,24 +89,11 @@ def test_a_plan_may_break_a_guard_and_says_so() -> None:
         Plan.of_preset("clip", 10)
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--loss", "mmts"],
-        ["--loss", "mmts-max-margin", "--mmts-missing", "mean"],
-        ["--loss", "mmts", "--mmts-preset", "vast-clip", "--mmts-period", "7"],
-        ["--loss", "mmts", "--mmts-no-schedule", "--mmts-alpha", "0.3"],
-    ],
-)
-def test_schedule_resolves_what_the_host_would(argv: list[str], data: Data, tmp_path: Path) -> None:
-    captions = split_flags([*argv, "--mmts-clusters", str(data.table)])[0]
-    host = argparse.Namespace(model="ViT-B-32", accum_freq=1, train_data="train.tsv")
-    assert resolve_for("openclip", captions)[0] == openclip.Run(captions, host).config
+def test_schedule_counts_as_the_host_would(tmp_path: Path) -> None:
     counts = tmp_path / "counts.csv"
     counts.write_text("class_id,count\n0,30\n1,5\n")
-    classes = split_flags([*argv, "--mmts-clusters", str(counts)])[0]
-    config, found = resolve_for("avion", classes)
-    assert config == avion.Run(classes).config
+    flags = split_flags(["--loss", "mmts", "--mmts-clusters", str(counts)])[0]
+    found = adapter_of("avion").resolve(flags).table
     assert found is not None
     assert found.content_hash == avion.load_classes(str(counts)).content_hash
 
@@ -140,9 +126,12 @@ def test_schedule_counts_classes_and_warns(tmp_path: Path, capsys: pytest.Captur
         (["--host", "openclip"], "needs the cluster table"),
         (["--host", "openclip", "--mmts-no-shifts", "--mmts-alpha", "0.2"], "must stay above zero"),
         (["--host", "openclip", "--mmts-no-shifts", "--mmts-distribution", "noun"], "is for AVION"),
-        (["--host", "openclip", "--mmts-no-shifts", "--train-metadata", "x.csv"], "AVION's classes"),
+        (["--host", "openclip", "--mmts-no-shifts", "--train-metadata", "x.csv"], "OpenCLIP counts no classes"),
         (["--host", "avion", "--train-metadata", "x.csv"], "x.csv: cannot be read"),
-        (["--host", "clip", "--mmts-no-shifts"], "no adapter; choose from avion, openclip"),
+        (
+            ["--host", "clip", "--mmts-no-shifts"],
+            "no adapter; choose from avion, avion-pretraining, gram, openclip, vast",
+        ),
     ],
 )
 def test_schedule_refuses(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +145,7 @@ def test_schedule_refuses_a_table_of_classes_for_openclip(tmp_path: Path, capsys
     path = tmp_path / "classes.parquet"
     ClusterTable.build(["0", "1"], [0, 1], [3, 4], kind="class").save(path)
     assert main(["schedule", "--host", "openclip", "--total-steps", "9", "--mmts-clusters", str(path)]) == 2
-    assert "finds its samples by caption" in capsys.readouterr().err
+    assert "samples are found by caption" in capsys.readouterr().err
 
 
 def test_a_recorded_table_is_taken_only_if_it_is_the_runs(tmp_path: Path) -> None:

@@ -330,8 +330,8 @@ def test_the_switch_arms_without_being_asked():
 
 @pytest.mark.parametrize("arguments", [[], ["--loss", "mse"], ["--loss-dist-impl", "reduce"]])
 def test_what_does_not_ask_arms_nothing(arguments):
-    loaded = "import sys; print('mmts_plugins.hosts.registry' in sys.modules)"  # pluggy is pytest's too
-    assert started(loaded, *arguments).stdout.strip() == "False"
+    armed = f"from mmts_plugins import _startup; {REGISTRY}; print(_startup._started, registry._hosts)"
+    assert started(armed, *arguments).stdout.strip() == "False []"
 
 
 def test_start_up_costs_less_than_5_ms_and_imports_nothing():
@@ -345,7 +345,14 @@ def test_start_up_costs_less_than_5_ms_and_imports_nothing():
     for _ in range(40):
         done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
         cost, *imported = done.stdout.split()
-        assert imported == ["__future__", "mmts_plugins", "mmts_plugins._hooks", "mmts_plugins._startup"]
+        assert imported == [
+            "__future__",
+            "mmts_plugins",
+            "mmts_plugins._hooks",
+            "mmts_plugins._startup",
+            "mmts_plugins.patches",
+            "mmts_plugins.patches._before",
+        ]
         milliseconds.append(float(cost))
     assert statistics.median(milliseconds) < 5
 
@@ -397,6 +404,8 @@ def test_a_broken_installation_refuses_instead_of_training_plain_clip(tmp_path):
         """
         import sys
         sys.argv = ["x", "--loss", "mmts"]; sys.orig_argv = sys.argv
+        for name in [name for name in sys.modules if name.startswith("mmts_plugins.hosts")]:
+            del sys.modules[name]
         sys.modules["pluggy"] = None  # as if the dependency were missing
         import mmts_plugins._startup as s
         s._started = False
@@ -773,7 +782,8 @@ def test_every_built_in_host_is_registered_by_entry_point():
 
 def test_faults_of_ours_are_one_line_and_the_hosts_tracebacks_stay(tiny):
     code = """
-    from mmts_plugins.hosts import registry, schedule
+    from mmts_plugins import schedule
+    from mmts_plugins.hosts import registry
     registry._hosts = [host]
     registry.quiet_excepthook()
     registry.quiet_excepthook()
@@ -817,12 +827,12 @@ def test_doctor_sees_every_seam(data, tmp_path):
     assert "broken.parquet: not a readable Parquet file" in done.stdout
 
 
-DOCTOR = "from mmts_plugins import cli, registry; code = cli.main(['doctor']); print('code', code)"
+DOCTOR = f"from mmts_plugins import cli; {REGISTRY}; code = cli.main(['doctor']); print('code', code)"
 
 
 def test_doctor_names_what_others_have_broken(adapters):
     path = adapters(lacks=FAULTS["lacks"][0], good=ADAPTER)
-    quick = "from mmts_plugins.hosts import registry; registry.hosts(); del registry._hosts[:5]; "
+    quick = f"{REGISTRY}; registry.hosts(); del registry._hosts[:5]; "
     done = python(quick + DOCTOR, PYTHONPATH=path)
     lines = done.stdout.splitlines()
     assert "  PROBLEM  the adapter 'lacks' (adapter_lacks of adapter-lacks) cannot be used: ModuleNotFoundError: " \
@@ -835,7 +845,8 @@ def test_doctor_names_what_others_have_broken(adapters):
 def test_doctor_survives_hosts_that_cannot_be_asked(adapters):
     path = adapters(good=ADAPTER)
     odd = """
-    from mmts_plugins.hosts import registry, cli
+    from mmts_plugins import cli
+    from mmts_plugins.hosts import registry
     *_, host = registry.hosts()
     registry._hosts[:] = [host]
     host.version = lambda: {version}
@@ -863,7 +874,8 @@ def test_doctor_in_a_checkout_that_is_not_installed(tmp_path):
         from importlib import metadata
         def nothing(name): raise metadata.PackageNotFoundError(name)
         metadata.files = metadata.version = nothing
-        from mmts_plugins import cli, registry
+        from mmts_plugins import cli
+        from mmts_plugins.hosts import registry
         registry.hosts(); registry._hosts[:] = registry._hosts[1:2]
         print("code", cli.main(["doctor"]))
         """

@@ -577,7 +577,7 @@ def test_help_lists_our_flags(data, tmp_path):
 
 def test_doctor(tmp_path):
     code = (
-        "from mmts_plugins import cli, registry; from mmts_plugins.patches import vast; "
+        "from mmts_plugins import cli; from mmts_plugins.hosts import registry; from mmts_plugins.patches import vast; "
         "registry._hosts = list(vast.HOSTS); raise SystemExit(cli.main(['doctor']))"
     )
     done = run_forked("-c", code, PYTHONPATH=str(STAND_IN))

@@ -83,10 +83,10 @@ class Host:
         package: what it is imported as; says the version of a checkout that shadows an installed one.
         versions: the range of versions that these seams were run on, for messages.
         seams: in no particular order; each is installed on its own.
-        adapters: makes its conventions, one for each kind of run; called only where they are needed, so that its module
-            may import what is slow to import.
         start_modules: what ``python -m`` or a launcher is given to start this host: modules, or names of scripts. Of a
             library that scripts of the users' own import, ``None``: any target may be one.
+        adapters: makes its conventions, one for each kind of run; called only where they are needed, so that its module
+            may import what is slow to import.
         on_import: functions called right after a module of the host is imported, before its seams are looked at.
         checkout: for a host that is no package: where to get it. It counts as installed where it can be imported.
         root_files: for a checkout whose modules have names that others use too (``utils``, ``model``): files at its
@@ -99,8 +99,8 @@ class Host:
     package: str
     versions: str
     seams: Sequence[Seam]
-    adapters: Callable[[], Sequence[Adapter]]
     start_modules: Optional[tuple[str, ...]] = None
+    adapters: Callable[[], Sequence[Adapter]] = tuple
     on_import: Mapping[str, Callable[[ModuleType], None]] = field(default_factory=dict)
     checkout: str = ""
     root_files: tuple[str, ...] = ()
