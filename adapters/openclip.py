@@ -45,6 +45,7 @@ class OpenCLIP(Adapter):
     recorded = "open_clip_torch"
     loss = "mmts-infonce"
     presets: ClassVar[Mapping[str, Preset]] = {"clip-cc3m": Preset("mmts-infonce", 0.04, 0.05, 0.10)}
+    loss_hint = "OpenCLIP's own flag is spelt --loss-dist-impl"
     default_presets: ClassVar[Mapping[str, str]] = {"mmts-max-margin": "avion-max-margin"}
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Optional
 
 from . import __version__
 from .errors import ConfigError, MMTSError, SeamError, cause, last_resort, one_line, reading, shown
+from .options import split_flags
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -35,7 +36,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         else:
             try:
                 with reading("the command line", "cannot be understood", ConfigError):
-                    parsed = _parser().parse_args(arguments)
+                    # As a run takes them: a preview's errors are the run's.
+                    flags, rest = split_flags(arguments[1:]) if arguments[:1] == ["schedule"] else ({}, arguments[1:])
+                    parsed = _parser().parse_args([*arguments[:1], *rest])
+                    parsed.flags = flags
                 code = parsed.run(parsed) or 0
             finally:
                 if sys.stdout is not None:

@@ -162,6 +162,9 @@ def merge(flags: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
         raise ConfigError(
             f"--mmts-* flags are given but not --loss; choose from {', '.join(('mmts', *losses.names()))}"
         )
+    if loss != "mmts" and loss not in losses.names():
+        hint = f" ({adapter.loss_hint})" if adapter.loss_hint else ""
+        raise ConfigError(f"unknown --loss {shown(loss)}; choose from {', '.join(('mmts', *losses.names()))}{hint}")
     values["loss"] = loss = adapter.loss if loss == "mmts" else losses.kind(loss).name
     preset = values.setdefault("preset", None)
     if preset is not None:

@@ -40,10 +40,13 @@ def record(config: Config, total_steps: int, table_hash: Optional[str], host: st
     from .hosts.registry import options_of_hosts
 
     everyones = {option.name: None for option in options_of_hosts()}
-    values = {**config.values, **everyones, **config.own}
+    common = {name: value for name, value in config.values.items() if name not in config.own}
+    last = common.pop("diagnostics_every")
     return {
-        **{name: value for name, value in values.items() if name != "diagnostics_every"},
-        "diagnostics_every": config.diagnostics_every,
+        **common,
+        **everyones,
+        **config.own,
+        "diagnostics_every": last,
         "period": config.period_steps(total_steps),
         "total_steps": total_steps,
         "table_hash": table_hash,

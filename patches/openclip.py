@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from .. import losses
 from .._startup import swallowed
-from ..errors import ConfigError, SeamError, shown
+from ..errors import ConfigError, SeamError
 from ..hosts.host import Host, Seam
 from ..hosts.registry import hookimpl
 from ..options import flag_parser, split_flags
@@ -59,11 +59,8 @@ def _parse_args(original: Callable[..., Any], args: Any) -> Any:
             print("\n" + flag_parser(adapter.options).format_help())
     if not flags or (set(flags) == {"loss"} and flags["loss"] in _HOST_LOSS_VALUES):
         return original(args)
-    if flags.get("loss") is not None and flags["loss"] not in ("mmts", *losses.names()):
-        raise ConfigError(
-            f"unknown --loss {shown(flags['loss'])}; choose from {', '.join(('mmts', *losses.names()))} "
-            "(OpenCLIP's own flag is spelt --loss-dist-impl)"
-        )
+    if flags.get("loss") not in (None, "mmts", *losses.names()):
+        adapter.resolve(flags)  # says so, before anything else is looked at
     parsed = original(rest)
     from ..adapters.openclip import refuse_unsupported
 

@@ -830,9 +830,17 @@ def _order(rank: int, world_size: int, folder: str, fails: bool) -> list[str]:
                 (Path(folder) / "made").write_text("x")
                 if fails:
                     raise ValueError
-            seen = [path.name for path in Path(folder).iterdir()]
+            seen = sorted(path.name for path in Path(folder).iterdir())
+            if rank == 1:
+                (Path(folder) / "seen").touch()
     except ValueError:
         seen = ["failed"]
+        # Nothing else lets the others go: what this rank does next, it does when they have gone, or after 10 seconds.
+        until = time.monotonic() + 10
+        while not (Path(folder) / "seen").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        if not (Path(folder) / "seen").exists():
+            (Path(folder) / "late").touch()
     return seen
 
 

@@ -47,7 +47,7 @@ class Adapter:
         options: flags that only this host knows.
         defaults: of options, and of common fields where this host's differ from :class:`Config`'s.
         counted_in: the host's own flag that names a file it can count a table in; empty where there is none.
-        epilog: what of ``--loss`` is particular here, for ``--help``.
+        loss_hint: what to say beside the losses there are, where ``--loss`` is given another.
     """
 
     name: ClassVar[str]
@@ -59,6 +59,7 @@ class Adapter:
     options: ClassVar[tuple[Option, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     counted_in: ClassVar[str] = ""
+    loss_hint: ClassVar[str] = ""
 
     # -- fill in, where the host needs it -----------------------------------------------------------------------------
 

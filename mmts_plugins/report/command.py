@@ -59,7 +59,7 @@ def _add_schedule(commands: Any) -> None:
 def _run_schedule(args: argparse.Namespace) -> int:
     from ..plan import Plan, adapter_of, describe
 
-    flags = {name: value for name, value in vars(args).items() if name == "loss" or name.startswith("mmts_")}
+    flags = dict(args.flags)
     if "mmts_config" not in flags:
         flags.setdefault("loss", "mmts")
     adapter = adapter_of(args.host)
