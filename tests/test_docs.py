@@ -24,6 +24,7 @@ from mmts_plugins.presets import PRESETS
 
 README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
 EXAMPLES = sorted(REPOSITORY.glob("examples/*/README.md"))
+WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
 GLOSSARY = REPOSITORY / "docs" / "glossary.md"
 PAGES = [README, CONTRIBUTING, *sorted(REPOSITORY.glob("docs/*.md")), *EXAMPLES]
 
@@ -190,7 +191,7 @@ def test_make_targets_exist():
 def test_tests_that_are_named_exist():
     files = {path.name: text_of(path) for path in REPOSITORY.glob("tests/**/test_*.py")}
     tests = set(re.findall(r"^def (test_\w+)", "\n".join(files.values()), re.MULTILINE))
-    named_files = {name for page in PAGES for name in re.findall(r"\btest_\w+\.py", text_of(page))}
+    named_files = {name for page in [*PAGES, WORKFLOW] for name in re.findall(r"\btest_\w+\.py", text_of(page))}
     named_tests = {name for page in PAGES for name in re.findall(r"::(test_\w+)", text_of(page))}
     assert named_files <= set(files)
     assert named_tests <= tests
