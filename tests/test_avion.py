@@ -546,7 +546,7 @@ def test_counts_that_are_none(count, message, tmp_path):
 
 def test_counts_as_a_spreadsheet_saves_them(tmp_path):
     path = tmp_path / "counts.csv"
-    path.write_text("class_id,count,note\r\n7, 4 ,x,y\r\n8,3\r\n", encoding="utf-8-sig", newline="")
+    path.write_bytes("class_id,count,note\r\n7, 4 ,x,y\r\n8,3\r\n".encode("utf-8-sig"))
     table = load_classes(str(path))
     assert dict(zip(table.keys.to_pylist(), table.frequency.tolist())) == {"7": 4, "8": 3}
     path.write_text("class_id,count\n,4\n8,3\n")

@@ -138,7 +138,7 @@ def test_every_step_equals_the_reference(small_model, data, tmp_path, recorder, 
     saved = yaml.safe_load((tmp_path / "run/mmts.yaml").read_text())
     assert saved["loss"] == "mmts-infonce"
     assert saved["period"] == 2.4
-    assert saved["host_version"].startswith("3.")
+    assert saved["host_version"] == open_clip.__version__
     checkpoint = torch.load(tmp_path / "run/checkpoints/epoch_2.pt", weights_only=True)
     last_base = ALPHA / 2 * np.cos(2 * np.pi * 11 / 2.4)
     assert checkpoint["state_dict"]["logit_scale"].item() == pytest.approx(-np.log(mean + last_base), abs=1e-5)
