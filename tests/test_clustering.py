@@ -20,19 +20,16 @@ from typing import Optional
 import numpy as np
 import pytest
 
-from mmts_plugins.clustering import build, kmeans, sources
+from mmts_plugins.clustering import build, kmeans
 from mmts_plugins.clustering.command import add_parser
-from mmts_plugins.clustering.rows import Rows
-from mmts_plugins.clustering.sources import (
-    Source,
-    caption_batches,
-    failed_downloads,
-    read_class_counts,
-    read_embeddings,
-    read_samples,
-    units,
-)
 from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
+from mmts_plugins.data import captions, captions_parquet
+from mmts_plugins.data.captions import caption_batches, read_samples, units
+from mmts_plugins.data.captions_parquet import failed_downloads
+from mmts_plugins.data.classes import read_class_counts
+from mmts_plugins.data.embeddings import read_embeddings
+from mmts_plugins.data.rows import Rows
+from mmts_plugins.data.source import Source
 from mmts_plugins.errors import MMTSError
 
 pd = pytest.importorskip("pandas")
@@ -437,8 +434,9 @@ def test_downloads_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_units_of_parquet_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_UNIT", 5)
-    monkeypatch.setattr(sources, "_BATCH", 3)
+    monkeypatch.setattr(captions_parquet, "_UNIT", 5)
+    for module in (captions, captions_parquet):
+        monkeypatch.setattr(module, "BATCH", 3)
     texts = [f"caption {number}" for number in range(17)]
     pd.DataFrame({"caption": texts}).to_parquet(tmp_path / "a.parquet", row_group_size=2)
     source = Source(str(tmp_path / "a.parquet"))

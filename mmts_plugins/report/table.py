@@ -15,9 +15,9 @@ import numpy as np
 
 from .._files import replacing
 from ..adapters.avion import count_classes, load_classes
-from ..clustering.sources import LARGEST, check_finite, read_embeddings
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import DISTRIBUTIONS
+from ..data.embeddings import LARGEST, check_finite, read_embeddings
 from ..errors import ConfigError, MMTSError, TableError, one_line, reading, shown
 from ..plan import Plan
 from ..presets import PRESETS
@@ -460,7 +460,7 @@ def _project(each: Shown, options: Options) -> Union[Points, str]:
         chosen = np.asarray(points[rows], np.float32)
     else:
         assert options.encoder is not None
-        from ..clustering.encoders import encode
+        from ..data.encoders import encode
 
         chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), options.seed)
     check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}", LARGEST)

@@ -22,16 +22,11 @@ import torch
 from fuzzing import fuzz, survives
 from hypothesis import strategies as st
 
-from mmts_plugins.clustering.images import ImageEncoder, stamped
-from mmts_plugins.clustering.sources import (
-    Source,
-    caption_batches,
-    load_npy,
-    read_class_counts,
-    read_embeddings,
-    read_samples,
-    units,
-)
+from mmts_plugins.data.captions import caption_batches, read_samples, units
+from mmts_plugins.data.classes import read_class_counts
+from mmts_plugins.data.embeddings import load_npy, read_embeddings
+from mmts_plugins.data.images import ImageEncoder, stamped
+from mmts_plugins.data.source import Source
 
 pd = pytest.importorskip("pandas")
 pq = pytest.importorskip("pyarrow.parquet")
