@@ -227,13 +227,14 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 def _make(args: argparse.Namespace) -> ClusterTable:
     from ..data.captions import read_samples, refuse_blank
-    from ..data.classes import read_class_counts
-    from . import build
+    from ..data.classes import class_table, read_class_counts
 
     if args.class_counts:
+        if not Path(args.class_counts).exists():
+            raise MMTSError(f"{args.class_counts}: no such file (--class-counts)")
         ids, count, notes = read_class_counts(args.class_counts)
         warn(notes)
-        return build.class_table(ids, count, _info("class counts", args.class_counts))
+        return class_table(ids, count, _info("class counts", args.class_counts))
     source = source_of(args)
     if args.label_column:
         return _from_labels(args, source)
@@ -256,6 +257,7 @@ def _from_labels(args: argparse.Namespace, source: Source) -> ClusterTable:
     import numpy as np
 
     from ..data.captions import read_samples
+    from ..data.classes import class_table
     from . import build
 
     samples = read_samples(source, args.label_column.split(","), captions=args.column is not None)
@@ -263,7 +265,7 @@ def _from_labels(args: argparse.Namespace, source: Source) -> ClusterTable:
     info = _info("labels", source.data, column=samples.column, label_column=args.label_column)
     if args.column is None:
         ids, rows = build.distinct(samples.labels)
-        return build.class_table(ids, np.bincount(rows), info)
+        return class_table(ids, np.bincount(rows), info)
     table, several = build.labelled_table(samples.captions, samples.labels, info)
     if several:
         warn([f"{source.data}: {several} captions occur under several labels; each takes its commonest"])

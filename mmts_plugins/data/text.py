@@ -10,15 +10,15 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Optional, TextIO
 
 from ..errors import MMTSError, cause, reading
 
 
 @contextmanager
-def reading_text(path: str, what: str) -> Iterator[None]:
+def reading_text(path: str, what: str, kind: type[MMTSError] = MMTSError) -> Iterator[None]:
     """:func:`reading`, and how to convert a file of another encoding."""
-    with reading(path, what):
+    with reading(path, what, kind):
         try:
             yield
         except UnicodeDecodeError as error:
@@ -29,11 +29,14 @@ def reading_text(path: str, what: str) -> Iterator[None]:
             way = f"if it is {encoding}, convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > {converted}"
             if start == b"\x1f\x8b":
                 way = "it is compressed; name it .gz, or gunzip it"
-            raise MMTSError(f"{path}: {what}: it is not UTF-8 text ({cause(error)}); {way}") from error
+            raise kind(f"{path}: {what}: it is not UTF-8 text ({cause(error)}); {way}") from error
 
 
-def opened_text(path: str) -> TextIO:
-    """A text file, also through gzip, bzip2, xz and Zstandard, which are told by their first bytes."""
+def opened_text(path: str, newline: Optional[str] = None) -> TextIO:
+    """A text file, also through gzip, bzip2, xz and Zstandard, which are told by their first bytes.
+
+    ``newline`` as for ``open``.
+    """
     with open(path, "rb") as file:
         start = file.read(10)
     if start.startswith(b"\x28\xb5\x2f\xfd"):
@@ -45,4 +48,4 @@ def opened_text(path: str) -> TextIO:
         known = {b"\x1f\x8b": gzip.open, b"BZh" + start[3:4] + b"1AY&SY": bz2.open, b"\xfd7zXZ\0": lzma.open}
         opener: Any = next((opener for magic, opener in known.items() if start.startswith(magic)), open)
         stream = opener(path, "rb")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)

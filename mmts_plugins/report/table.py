@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from .._files import replacing
-from ..adapters.avion import count_classes, load_classes
+from ..adapters.avion import count_classes
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import DISTRIBUTIONS
+from ..data.classes import load_classes
 from ..data.embeddings import LARGEST, check_finite, read_embeddings
 from ..errors import ConfigError, MMTSError, TableError, one_line, reading, shown
 from ..plan import Plan

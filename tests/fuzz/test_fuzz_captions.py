@@ -437,7 +437,7 @@ def test_class_counts_are_whole_numbers_of_distinct_classes(
     ours = survives(lambda: read_class_counts(put("n.csv", damaged(written.getvalue().encode(), edits))))
     if not edits:
         names = [name for name, _ in rows]
-        good = all(re.fullmatch("[0-9]+", count) and len(count) < 20 for _, count in rows) and all(
+        good = all(re.fullmatch("[0-9]+", count.strip()) and len(count) < 20 for _, count in rows) and all(
             x.strip() for x in names
         )
         if good and len(set(names)) == len(names) and any(int(count) for _, count in rows):
