@@ -5,11 +5,10 @@ Imports without AVION and patches nothing; :mod:`mmts_plugins.patches.avion` cal
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import Config
+from ..data.classes import counted, load_classes, read_rows
 from ..distributed import first_on_node, gather_rows
-from ..errors import ConfigError, SeamError, TableError, one_line, reading, shown
+from ..errors import ConfigError, SeamError, TableError, one_line, shown
 from ..fields import TEXT, Field
 from ..hits import judge
 from ..hosts.adapter import Adapter, Resolved, Table
@@ -486,9 +486,9 @@ def count_classes(metadata: str, distribution: str) -> ClusterTable:
         TableError: it cannot be read, has no column ``verb_class`` or ``noun_class``, or one holds no whole number.
     """
     counts: Counter[str] = Counter()
-    for line, *pair in _read(metadata, ("verb_class", "noun_class"), "an EK-100 annotation file"):
+    for line, *pair in read_rows(metadata, ("verb_class", "noun_class"), "an EK-100 annotation file"):
         counts[_class(metadata, line, distribution, *pair)] += 1
-    return _table(counts, metadata)
+    return counted(counts, metadata)
 
 
 def narrations(metadata: str, distribution: str, classes: ClusterTable) -> ClusterTable:
@@ -501,7 +501,7 @@ def narrations(metadata: str, distribution: str, classes: ClusterTable) -> Clust
     """
     columns = ("narration", "verb_class", "noun_class")
     of: dict[str, Counter[str]] = {}
-    for line, narration, *pair in _read(metadata, columns, "an EK-100 annotation file"):
+    for line, narration, *pair in read_rows(metadata, columns, "an EK-100 annotation file"):
         of.setdefault(narration, Counter())[_class(metadata, line, distribution, *pair)] += 1
     rows = classes.rows_of([seen.most_common(1)[0][0] for seen in of.values()])
     known = sorted((narration, row) for narration, row in zip(of, rows.tolist()) if row >= 0)
@@ -525,43 +525,3 @@ def load_table(path: str) -> Table:
         TableError: it cannot be read.
     """
     return load_classes(path) if path.endswith(".csv") else open_table(path)
-
-
-def load_classes(path: str) -> ClusterTable:
-    """``class_id,count`` CSV as a table of classes.
-
-    Raises:
-        TableError: it cannot be read.
-    """
-    counts: dict[str, float] = {}
-    for line, key, count in _read(path, ("class_id", "count"), "a distribution of classes"):
-        if key in counts:
-            raise TableError(f"{path}, line {line}: class {key} occurs twice")
-        if not key.strip():
-            raise TableError(f"{path}, line {line}: no class_id")
-        if not re.fullmatch(r"\s*[0-9]{1,15}\s*", count):
-            raise TableError(f"{path}, line {line}: the count of class {key} is {shown(count)}: not a whole number")
-        counts[key] = int(count)
-    return _table(counts, path)
-
-
-def _table(counts: dict[str, Any], source: str) -> ClusterTable:
-    keys = sorted(counts)  # so that the same counts have the same hash, wherever they come from
-    sizes = [counts[key] for key in keys]
-    if not keys:
-        raise TableError(f"{source}: no rows")
-    if min(sizes) < 1:
-        raise TableError(f"{source}: class {keys[int(np.argmin(sizes))]} has the count {min(sizes)}")
-    return replace(ClusterTable.build(keys, range(len(keys)), sizes, sizes, CLASS), source=source)
-
-
-def _read(path: str, columns: tuple[str, ...], what: str) -> Iterator[tuple[Any, ...]]:
-    """Line number and the columns of every row."""
-    with reading(path, f"cannot be read as {what}", TableError), open(path, newline="", encoding="utf-8-sig") as file:
-        rows: Iterable[dict[str, Any]] = csv.DictReader(file)
-        names = rows.fieldnames or []  # type: ignore[attr-defined]
-        lacking = [column for column in columns if column not in names]
-        if lacking:
-            raise TableError(f"{path}: not {what}: column {lacking[0]!r} is missing (found: {', '.join(names[:8])})")
-        for row in rows:
-            yield (rows.line_num, *(row[column] or "" for column in columns))  # type: ignore[attr-defined]

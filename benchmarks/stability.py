@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mmts_plugins.clustering import build, cache, encoders, stability
+from mmts_plugins.clustering import build, stability
 from mmts_plugins.clustering.estimate import Recipe, estimate, resolve
-from mmts_plugins.clustering.rows import caption_hashes
-from mmts_plugins.clustering.sources import Source, read_samples
+from mmts_plugins.clustering.sampling import caption_hashes
+from mmts_plugins.data import cache, encoders
+from mmts_plugins.data.captions import read_samples
+from mmts_plugins.data.source import Source
 from mmts_plugins.presets import presets
 
 SETS = {

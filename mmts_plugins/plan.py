@@ -14,6 +14,7 @@ from . import losses
 from ._files import PathLike
 from .clusters import CAPTION, ClusterTable, cluster_shift
 from .config import Config
+from .data.classes import load_table
 from .errors import ConfigError, TableError, shown
 from .losses import LossKind
 from .presets import presets
@@ -125,9 +126,7 @@ def read_table(path: PathLike) -> ClusterTable:
     Raises:
         TableError: it cannot be read as what its name says.
     """
-    from .adapters.avion import load_classes
-
-    return load_classes(str(path)) if str(path).endswith(".csv") else ClusterTable.load(path)
+    return load_table(str(path))
 
 
 def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[ClusterTable], str]:

@@ -19,8 +19,8 @@ import torch
 from ranks import on_ranks
 
 from mmts_plugins import _files, large, lookup
-from mmts_plugins.clustering import cache
 from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.data import cache
 from mmts_plugins.distributed import first_on_node
 from mmts_plugins.errors import MMTSError, TableError
 from mmts_plugins.lookup import KeyLookup, TokenLookup

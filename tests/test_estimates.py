@@ -16,12 +16,14 @@ import pytest
 from test_clustering import CAPTIONS, cluster, refused, write
 
 from mmts_plugins.cli import main
-from mmts_plugins.clustering import cache, density, encoders, images, kmeans, stability
+from mmts_plugins.clustering import density, kmeans, stability
 from mmts_plugins.clustering.estimate import Estimate, Recipe, estimate, resolve
-from mmts_plugins.clustering.rows import Rows, caption_hashes, priorities, sample
-from mmts_plugins.clustering.sources import Source
+from mmts_plugins.clustering.sampling import caption_hashes, priorities, sample
 from mmts_plugins.clustering.stages import Job, Worker, plan_merge, read_part
 from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.data import cache, encoders, images
+from mmts_plugins.data.rows import Rows
+from mmts_plugins.data.source import Source
 from mmts_plugins.errors import MMTSError
 
 sklearn_cluster = pytest.importorskip("sklearn.cluster")

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..clusters import ClusterTable
+    from ..data.rows import Rows
+    from ..data.source import Source
     from .estimate import Recipe
-    from .rows import Rows
-    from .sources import Source
 
 DEFAULT_RUNS = 20
 
@@ -200,8 +200,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_on_ray(args: argparse.Namespace) -> int:
-    from . import encoders, ray_engine
-    from .sources import failed_downloads
+    from ..data import encoders
+    from ..data.captions_parquet import failed_downloads
+    from . import ray_engine
     from .stages import Job
 
     source, recipe = source_of(args), recipe_of(args)
@@ -225,13 +226,15 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _make(args: argparse.Namespace) -> ClusterTable:
-    from . import build
-    from .sources import read_class_counts, read_samples, refuse_blank
+    from ..data.captions import read_samples, refuse_blank
+    from ..data.classes import class_table, read_class_counts
 
     if args.class_counts:
+        if not Path(args.class_counts).exists():
+            raise MMTSError(f"{args.class_counts}: no such file (--class-counts)")
         ids, count, notes = read_class_counts(args.class_counts)
         warn(notes)
-        return build.class_table(ids, count, _info("class counts", args.class_counts))
+        return class_table(ids, count, _info("class counts", args.class_counts))
     source = source_of(args)
     if args.label_column:
         return _from_labels(args, source)
@@ -245,7 +248,7 @@ def _make(args: argparse.Namespace) -> ClusterTable:
 
 def source_of(args: argparse.Namespace) -> Source:
     """What the input flags name."""
-    from .sources import Source
+    from ..data.source import Source
 
     return Source(args.train_data or args.data, args.format, args.column, args.separator, not args.no_header)
 
@@ -253,15 +256,16 @@ def source_of(args: argparse.Namespace) -> Source:
 def _from_labels(args: argparse.Namespace, source: Source) -> ClusterTable:
     import numpy as np
 
+    from ..data.captions import read_samples
+    from ..data.classes import class_table
     from . import build
-    from .sources import read_samples
 
     samples = read_samples(source, args.label_column.split(","), captions=args.column is not None)
     warn(samples.notes)
     info = _info("labels", source.data, column=samples.column, label_column=args.label_column)
     if args.column is None:
         ids, rows = build.distinct(samples.labels)
-        return build.class_table(ids, np.bincount(rows), info)
+        return class_table(ids, np.bincount(rows), info)
     table, several = build.labelled_table(samples.captions, samples.labels, info)
     if several:
         warn([f"{source.data}: {several} captions occur under several labels; each takes its commonest"])
@@ -299,9 +303,11 @@ def prepare(args: argparse.Namespace, captions: Sequence[str], source: str, imag
     """Embed what the flags say, or read the embeddings that they name."""
     import numpy as np
 
-    from . import build, cache, encoders
-    from .rows import Rows, caption_hashes
-    from .sources import read_embedding_parts
+    from ..data import cache, encoders
+    from ..data.embeddings import read_embedding_parts
+    from ..data.rows import Rows
+    from . import build
+    from .sampling import caption_hashes
 
     keys, rows = build.distinct(captions)
     count = np.bincount(rows)
@@ -337,10 +343,11 @@ def _prepare_images(
 ) -> Prepared:
     import numpy as np
 
-    from . import build, cache
-    from .encoders import public_name
-    from .images import ImageEncoder, stamped
-    from .rows import caption_hashes
+    from ..data import cache
+    from ..data.encoders import public_name
+    from ..data.images import ImageEncoder, stamped
+    from . import build
+    from .sampling import caption_hashes
 
     encoder = ImageEncoder(args.encoder, args.frames, min(args.batch_size, 64), args.device)
     paths, point = build.distinct(images)

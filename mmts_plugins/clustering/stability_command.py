@@ -82,9 +82,9 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     command.check_flags(args)
     options = command.with_defaults(args)
     try:
+        from ..data.captions import read_samples, refuse_blank
         from . import stability
         from .estimate import resolve
-        from .sources import read_samples, refuse_blank
 
         source = command.source_of(options)
         samples = read_samples(source, [options.images] if options.images else ())

@@ -29,12 +29,15 @@ import pyarrow.parquet as pq
 
 from .._files import replacing
 from ..clusters import ClusterTable
+from ..data import cache
+from ..data.captions import caption_batches
+from ..data.encoders import TextEncoder
+from ..data.rows import Rows
+from ..data.source import Source
 from ..errors import ConfigError, MMTSError, reading
-from . import cache, kmeans
-from .encoders import TextEncoder
+from . import kmeans
 from .estimate import Recipe
-from .rows import Rows, caption_hashes, priorities
-from .sources import Source, caption_batches
+from .sampling import caption_hashes, priorities
 
 BUCKETS = 256  # hash ranges that an input file is split into
 PART_ROWS = 262_144  # captions of a part before duplicates across input files are merged
@@ -266,7 +269,7 @@ def choose(job: Job, parts: int) -> tuple[list[np.ndarray], list[np.ndarray], in
 
     Returns:
         For each run ``[m]`` numbers of rows (over all parts) by descending priority, and ``[m]`` their weights, as
-        :func:`.rows.sample` gives them; and how many distinct captions there are.
+        :func:`.sampling.sample` gives them; and how many distinct captions there are.
     """
     recipe = job.recipe
     size = recipe.fit_rows * recipe.clusters

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..clustering.sources import load_npy, read_embeddings
 from ..clusters import CLASS, ClusterTable
 from ..config import THIRDS
+from ..data.embeddings import load_npy, read_embeddings
 from ..errors import ConfigError, MMTSError, reading, shown
 from ..retrieval import KS, class_embeddings, class_ranks, graded, ranks
 from . import frequency, relevancy, sets

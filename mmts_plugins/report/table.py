@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from .._files import replacing
-from ..clustering.sources import LARGEST, check_finite, read_embeddings
 from ..clusters import CAPTION, CLASS, ClusterTable
+from ..data.embeddings import LARGEST, check_finite, read_embeddings
 from ..errors import ConfigError, MMTSError, TableError, one_line, reading, shown
 from ..hosts.registry import adapters
 from ..plan import Plan, read_table
@@ -463,7 +463,7 @@ def _project(each: Shown, options: Options) -> Union[Points, str]:
         chosen = np.asarray(points[rows], np.float32)
     else:
         assert options.encoder is not None
-        from ..clustering.encoders import encode
+        from ..data.encoders import encode
 
         chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), options.seed)
     check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}", LARGEST)

@@ -9,9 +9,9 @@ from typing import Any, Optional
 
 import numpy as np
 
+from ..device import pick_device
 from ..errors import ConfigError, MMTSError, cause, reading, shown
 from .encoders import TIMM, checked, digest, openclip_name
-from .kmeans import pick_device
 
 _OPENCLIP = "openclip:"
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}

@@ -162,7 +162,7 @@ class TextEncoder:
         import open_clip
         import torch
 
-        from .kmeans import pick_device
+        from ..device import pick_device
 
         device = pick_device(self.device)
         model_name, pretrained = openclip_name(name)
