@@ -334,6 +334,13 @@ def test_what_does_not_ask_arms_nothing(arguments):
     assert started(armed, *arguments).stdout.strip() == "False []"
 
 
+def test_arming_imports_nothing_that_a_trainer_has_not():
+    """Before a trainer's own start-up code (sitecustomize, say) has had its chance, and in torchrun's agent."""
+    heavy = "{'torch', 'numpy', 'pyarrow', 'yaml'}"
+    code = f"import sys, mmts_plugins; mmts_plugins.install(); print({heavy} & set(sys.modules))"
+    assert run_python("-c", code, PYTHONPATH=str(REPOSITORY)).stdout.strip() == "set()"
+
+
 def test_start_up_costs_less_than_5_ms_and_imports_nothing():
     code = f"""if True:
         import os, sys, time
