@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from mmts_plugins.clustering import build, kmeans
-from mmts_plugins.clustering.command import add_parser
 from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
+from mmts_plugins.commands.cluster import add_parser
 from mmts_plugins.data import captions, captions_parquet
 from mmts_plugins.data.captions import caption_batches, read_samples, units
 from mmts_plugins.data.captions_parquet import failed_downloads
@@ -815,16 +815,18 @@ def test_errors_name_the_cause_and_the_way_out(tsv: Path, tmp_path: Path, monkey
         ((write(tmp_path / "b.json", '{"desc": "x"}\n{"de'),), ["line 2"]),
         ((write(tmp_path / "c.json", '[{"desc": 1}]'),), ["record 1", "not text but 1"]),
         ((write(tmp_path / "c.parquet", "x"),), ["c.parquet", "parquet"]),
-        ((tsv, "--encoder", "tfidf"), ["6 distinct captions", "200 clusters", "-k/--clusters"]),
+        ((tsv, "--encoder", "tfidf"), ["6 distinct captions", "200 clusters", "lower -k "]),
         ((tsv, "-k", 2, "--encoder", "./no-model"), ["./no-model", "--encoder tfidf", "--embeddings", "HF_HOME"]),
         ((tsv, "-k", 2, "--device", "cuda:99"), ["--device cuda:99 cannot be used"]),
         ((tsv, "-k", 2, "--embeddings", tmp_path / "e.npy"), ["3 rows", "7 captions"]),
-        ((tsv, "-k", 2, "--embeddings", tmp_path / "same.npy"), ["only 1 of 2", "-k/--clusters"]),
+        ((tsv, "-k", 2, "--embeddings", tmp_path / "same.npy"), ["only 1 of 2", "lower -k "]),
         ((tsv, "--embeddings", tmp_path / "e.npy", "--encoder", "tfidf"), ["--encoder", "--embeddings"]),
         ((tsv, "--tensor", "x"), ["--tensor", "--embeddings"]),
         ((tsv, "--train-data", tsv), ["--train-data"]),
         ((tsv, "--class-counts", counts), ["DATA", "--class-counts"]),
-        (("--class-counts", counts, "-k", 3), ["--clusters", "--class-counts"]),
+        (("--class-counts", counts, "-k", 3), ["-k has no effect", "--class-counts"]),
+        (("--class-counts", counts, "--clusters", 3), ["-k has no effect", "--class-counts"]),
+        (("--class-counts", counts, "--seed", 0), ["--seed has no effect", "--class-counts"]),
         ((gap, "--separator", ",", "--label-column", "verb"), ["'verb'", "--label-column", "'noun'"]),
         ((gap, "--separator", ",", "--label-column", "noun"), ["sample 2", "'noun'"]),
         ((write(tmp_path / "a.txt", "x"), "--label-column", "noun"), ["--label-column", "text"]),
@@ -848,7 +850,7 @@ def test_the_output_is_checked_before_the_work(tsv: Path, tmp_path: Path) -> Non
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys, argparse\n"
-        "from mmts_plugins.clustering.command import add_parser\n"
+        "from mmts_plugins.commands.cluster import add_parser\n"
         "print(add_parser(argparse.ArgumentParser().add_subparsers()).format_help())\n"
         "print(sorted({'torch', 'numpy', 'pandas', 'sklearn', 'pyarrow', 'sentence_transformers'} & set(sys.modules)))"
     )

@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 import mmts_plugins
 from mmts_plugins import cli
 from mmts_plugins.clusters import ClusterTable
-from mmts_plugins.presets import PRESETS
+from mmts_plugins.presets import presets
 
 README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
 EXAMPLES = sorted(REPOSITORY.glob("examples/*/README.md"))
@@ -216,7 +216,7 @@ def test_presets_of_the_glossary():
         r"^\| `([\w-]+)` \| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text_of(GLOSSARY), re.MULTILINE
     )
     told = {name: (f"mmts-{loss.lower()}", *map(float, numbers)) for name, loss, *numbers in rows}
-    assert told == {name: tuple(preset) for name, preset in PRESETS.items()}
+    assert told == {name: tuple(preset) for name, preset in presets().items()}
 
 
 def test_the_paper_and_the_version_are_cited_alike():

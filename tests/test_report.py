@@ -586,7 +586,7 @@ def test_plots_without_matplotlib_name_the_extra(
 
 def test_the_command_line_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from mmts_plugins.report import command; "
+        "import sys; from mmts_plugins.commands import plot, report, schedule; "
         "print([name for name in ('torch', 'sklearn', 'matplotlib', 'pyarrow') if name in sys.modules])"
     )
     assert run_python("-c", code).stdout.strip() == "[]"

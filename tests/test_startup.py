@@ -830,7 +830,7 @@ def test_doctor_sees_every_seam(data, tmp_path):
     assert done.returncode == (0 if INSTALLED else 1)
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1")
-    done = run_forked("-m", "mmts_plugins", "doctor", "--clusters", broken)
+    done = run_forked("-m", "mmts_plugins", "doctor", "--table", broken)
     assert done.returncode == 1
     assert "broken.parquet: not a readable Parquet file" in done.stdout
 

@@ -134,7 +134,7 @@ def too_few(found: int, clusters: int) -> ConfigError:
     """The error for data that cannot fill the clusters."""
     return ConfigError(
         f"only {found} of {clusters} clusters hold a sample: too many embeddings are equal; "
-        f"lower -k/--clusters to {found} or less, or use an encoder that tells the captions apart"
+        f"lower -k to {found} or less, or use an encoder that tells the captions apart"
     )
 
 

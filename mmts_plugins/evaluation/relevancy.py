@@ -14,7 +14,7 @@ from ..data.captions import read_samples
 from ..data.embeddings import load_npy
 from ..data.source import Source
 from ..errors import ConfigError, MMTSError, reading, shown
-from ..retrieval import Relevancy
+from .retrieval import Relevancy
 
 _CLASSES = re.compile(r"\[\s*\d+(\s*,\s*\d+)*\s*\]")
 _PICKLES = (".pkl", ".pickle", ".p")

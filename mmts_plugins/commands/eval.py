@@ -1,21 +1,16 @@
-"""The sub-command ``mmts eval``. Heavy packages are imported when it runs, so that ``--help`` stays fast."""
+"""The arguments of ``mmts eval``."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from datetime import datetime, timezone
-from importlib import metadata
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
-from .. import __version__
-from .._files import check_writable, replacing
-from ..errors import ConfigError, MMTSError, cause
-
-if TYPE_CHECKING:
-    from .evaluate import Result
+from .._files import check_writable
+from ..errors import ConfigError, MMTSError
+from ._refuse import refuse_given
 
 FILE_NAME = "mmts_eval.json"
 _MOST_RESAMPLES = 1_000_000
@@ -55,11 +50,11 @@ What the numbers mean, ties, intervals and thirds: docs/evaluation.md.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
     """Register ``eval`` with the sub-parsers of ``mmts``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         "eval",
-        help="retrieval and zero-shot numbers with intervals, for head, middle and tail",
+        help=help,
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,59 +139,25 @@ def run(args: argparse.Namespace) -> int:
     _check_flags(args)
     output = _output(args)
     try:
-        from .evaluate import evaluate, table
+        from ..evaluation import evaluate
 
-        result = evaluate(args)
+        asked = evaluate.Request(**{field.name: getattr(args, field.name) for field in fields(evaluate.Request)})
+        result = evaluate.evaluate(asked)
     except ImportError as error:
         raise MMTSError(f"mmts eval needs {error.name}: pip install 'mmts-plugins[openclip,cluster]'") from error
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    text = json.dumps(_record(args, result), indent=2, allow_nan=False) + "\n"
-    try:
-        with replacing(output) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:  # a full disk: the work is not to be lost
-        print(table(result))
-        raise MMTSError(f"{output}: cannot be written: {cause(error)}; the numbers stand above") from error
-    print(table(result))
+    evaluate.write(asked, result, output)
+    print(evaluate.table(result))
     print(f"\nWritten to {output}")
     return 0
-
-
-def _record(args: argparse.Namespace, result: Result) -> dict[str, Any]:
-    """The content of the JSON file; docs/evaluation.md describes it."""
-    packages = ("numpy", "torch", *(["open_clip_torch"] if args.model else []))
-    given = ("data", "model", "checkpoint", "pretrained", "table", "image_features", "text_features", "class_features",
-             "relevancy", "ek100", "classes", "templates")  # fmt: skip
-    return {
-        "format": 1,
-        "metrics": result.metrics,
-        "queries": result.queries,
-        **{name: getattr(args, name) for name in given},
-        "table_hash": result.table_hash,
-        "bootstrap": {"resamples": args.resamples, "seed": args.seed, "level": 0.95},
-        "notes": result.notes,
-        "versions": {"mmts-plugins": __version__, **{name: installed_version(name) for name in packages}},
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def installed_version(package: str) -> Optional[str]:
-    """Its version, where there is a package of that name and not only a checkout on the path."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, or that would do nothing."""
 
     def refuse(names: str, why: str) -> None:
-        for name in names.split():
-            if getattr(args, name) not in (None, False):
-                flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} has no effect {why}; drop one of the two")
+        refuse_given(args, names.split(), why)
 
     saved = args.image_features is not None
     if saved:

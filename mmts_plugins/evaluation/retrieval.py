@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .errors import MMTSError
+from ..errors import MMTSError
 
 KS = (1, 5, 10)
 TIE = 1e-6

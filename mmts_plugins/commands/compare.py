@@ -1,10 +1,8 @@
-"""The sub-command ``mmts compare``."""
+"""The arguments of ``mmts compare``."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import signal
 from typing import Any
 
 from ..errors import ConfigError
@@ -39,17 +37,17 @@ examples:
       (call the last again, with or without the launcher, when the jobs are done: it evaluates and writes the tables)
 
   the same without a file, the command behind --:
-    mmts compare -o comparison --clusters clusters.parquet --seeds 0,1,2 --resume "--resume latest" \\
+    mmts compare -o comparison --table clusters.parquet --seeds 0,1,2 --resume "--resume latest" \\
         --done "{output}/runs/{run}/checkpoints/epoch_30.pt" --eval "mmts eval test.tsv ... -o {result}" \\
         -- python -m open_clip_train.main ... --seed {seed} --logs {output}/runs --name {run}
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
     """Register ``compare`` with the sub-parsers of ``mmts``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
-        help="train plain, TS, ICS and TS&ICS over seeds with your command, and tabulate",
+        help=help,
         usage="mmts compare PLAN.yaml -o DIR [options] | mmts compare -o DIR [options] -- COMMAND",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -67,7 +65,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the commands and write nothing")
     add = parser.add_argument_group("instead of a plan, or over it").add_argument
     add("--seeds", metavar="S,S", help="such as 0,1,2; default: 0")
-    add("--clusters", metavar="FILE", help="cluster table: gives plain, TS, ICS and TS&ICS")
+    add("--table", metavar="FILE", help="cluster table: gives plain, TS, ICS and TS&ICS")
+    add("--clusters", dest="table", help=argparse.SUPPRESS)  # its former name
     add("--mmts", metavar="FLAGS", help="more of our flags for all but plain")
     add("--done", metavar="PATH", help="the file that a finished run leaves")
     add("--resume", metavar="FLAGS", help="what the host is told when a run died")
@@ -78,53 +77,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run, resume and tabulate; the exit status is 1 if a run failed."""
-    from . import plan as plans
-    from . import tables
-    from .execute import FINISHED, execute, exit_file, reporting
+    from ..compare import plan as plans
+    from ..compare import run as room
 
-    plan = plans.make(_content(args), args.output)
+    over = {"clusters": args.table, "mmts": args.mmts, "done": args.done, "resume": args.resume, "eval": args.eval}
+    given = {name: value for name, value in over.items() if value is not None}
+    if args.seeds is not None:
+        try:
+            given["seeds"] = [int(seed) for seed in args.seeds.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--seeds {args.seeds}: expected whole numbers with commas, such as 0,1,2") from error
+    plan = plans.make(room.content(args.plan, given), args.output)
     if args.no_wait and not args.launcher:
         raise ConfigError("--no-wait needs --launcher: without one, commands are run and waited for")
     plans.launched([], args.launcher)  # refused before anything is written
     if args.dry_run:
-        for each in plan.runs:
-            print(f"# {each.variant}, seed {each.seed}")
-            command = reporting(each.command, exit_file(plan, each, 1)) if args.no_wait else each.command
-            print(shlex.join(plans.launched(command, args.launcher)))
-            print(shlex.join(plans.launched(each.evaluation, None if args.no_wait else args.launcher)))
+        print(room.commands(plan, args.launcher, not args.no_wait))
         return 0
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice: end the trainer too
-    try:
-        state = execute(plan, args.launcher, not args.no_wait, args.retry, args.accept_done)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print(f"\n{tables.write(plan, state.runs)}")
-    finished = sum(state.of(each).get("status") == FINISHED for each in plan.runs)
-    print(
-        f"{finished} of {len(plan.runs)} runs finished. Written to {args.output}: compare.md, compare.json, compare.csv"
-    )
-    failed = [each for each in plan.runs if state.of(each).get("error")]
-    for each in failed:
-        print(f"failed: {each.name}: {state.of(each)['error']}")
-    if failed:
-        print("Mend the cause and call the same again: finished runs are kept, failed ones resumed.")
-    return 1 if failed else 0
-
-
-def _content(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan file with flags over it, or a plan of flags alone."""
-    from .plan import read
-
-    is_file = len(args.plan) == 1 and args.plan[0].endswith((".yaml", ".yml"))
-    if not args.plan:
-        raise ConfigError("nothing to compare: give a PLAN.yaml, or the host's command behind --")
-    content: dict[str, Any] = read(args.plan[0]) if is_file else {"command": shlex.join(args.plan)}
-    for name in ("clusters", "mmts", "done", "resume", "eval"):
-        if getattr(args, name) is not None:
-            content[name] = getattr(args, name)
-    if args.seeds is not None:
-        try:
-            content["seeds"] = [int(seed) for seed in args.seeds.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--seeds {args.seeds}: expected whole numbers with commas, such as 0,1,2") from error
-    return content
+    return room.compare(plan, args.output, args.launcher, not args.no_wait, args.retry, args.accept_done)

@@ -1,8 +1,7 @@
-"""The sub-command ``mmts demo``. Imports nothing heavy until it runs."""
+"""The demo: digits written, a table made, OpenCLIP trained plain and with the schedule, both compared."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -11,11 +10,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from .._files import replacing, writing
 from ..errors import MMTSError
-from ..evaluation.command import installed_version
+from ..processes import run_logged, shown
+from ..versions import installed_version
 
 EXTRAS = "pip install 'mmts-plugins[openclip,cluster,report]'"
 NEEDED = ("open_clip", "open_clip_train", "sklearn", "pandas", "PIL", "tqdm", "matplotlib")
@@ -36,46 +35,39 @@ MODEL = {
 }
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register ``demo`` on the parsers of ``mmts``."""
-    parser = subparsers.add_parser(
-        "demo",
-        help="train a small OpenCLIP model plain and with MM-TS, and compare them (2-3 minutes on two CPU cores)",
-        description="Train a small CLIP model with OpenCLIP's own trainer on scikit-learn's handwritten digits, made "
-        "long-tail, once plain and once with --loss mmts; compare both on a balanced held-out part; write tables, "
-        "plots and one page. Takes two to three minutes on two CPU cores and needs no network.",
-    )
-    parser.add_argument("--output", type=Path, default=Path("mmts_demo"), help="folder to write (default: mmts_demo)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data and of both runs (default: 0)")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs of each run (default: 40)")
-    parser.add_argument("--batch-size", type=int, default=64, help="batch size of each run (default: 64)")
-    parser.add_argument("--force", action="store_true", help="replace a finished demo in the folder")
-    parser.set_defaults(run=run)
+def make(output: Path, seed: int = 0, epochs: int = 40, batch_size: int = 64, force: bool = False) -> None:
+    """Train plain and with the schedule, compare, and write what came out.
 
+    Args:
+        output: the folder to write.
+        seed: of the data and of both runs.
+        epochs, batch_size: of each run.
+        force: replace a finished demo in the folder.
 
-def run(args: argparse.Namespace) -> int:
-    """Run the demo; see ``mmts demo --help``."""
+    Raises:
+        MMTSError: a package is missing, a number is out of range, the folder is not free, or a run failed.
+    """
     started = time.monotonic()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MMTSError(f"the demo needs {', '.join(missing)}: {EXTRAS}")
-    if args.epochs < 1 or args.batch_size < 2 or not 0 <= args.seed < 2**32:
+    if epochs < 1 or batch_size < 2 or not 0 <= seed < 2**32:
         raise MMTSError("--epochs must be at least 1, --batch-size at least 2, --seed at least 0 and below 2^32")
-    folder = args.output.resolve()
-    prepare(folder, args.force)
+    folder = output.resolve()
+    prepare(folder, force)
     # More threads gain nothing on a model this small, and cost much where other jobs want the cores too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from ..report.plots import own_style
     from . import data, report
     from .evaluate import evaluate
-    from .train import run_logged, shown, train
+    from .train import train
 
-    step(1, f"write long-tail handwritten digits to {args.output / 'data'}")
-    parts = data.write(folder, args.seed)
+    step(1, f"write long-tail handwritten digits to {output / 'data'}")
+    parts = data.write(folder, seed)
     images = sum(map(len, parts.train.values()))
-    if args.batch_size > images:
-        raise MMTSError(f"--batch-size {args.batch_size} is more than the {images} training images")
+    if batch_size > images:
+        raise MMTSError(f"--batch-size {batch_size} is more than the {images} training images")
     (folder / "model").mkdir()
     (folder / "model" / "open_clip_config.json").write_text(json.dumps(MODEL, indent=2) + "\n", encoding="utf-8")
     print("  digit            " + "".join(f"{digit:>5}" for digit in parts.order))
@@ -90,20 +82,20 @@ def run(args: argparse.Namespace) -> int:
 
     # Adam's settings are given because OpenCLIP guesses them from the letters "vit" in the model's name or path.
     flags = ["--model", "local-dir:model", "--train-data", "data/train.tsv", "--dataset-type", "csv"]
-    flags += ["--batch-size", str(args.batch_size), "--lr", "1e-3", "--beta1", "0.9", "--beta2", "0.98"]
+    flags += ["--batch-size", str(batch_size), "--lr", "1e-3", "--beta1", "0.9", "--beta2", "0.98"]
     flags += ["--eps", "1e-6", "--wd", "0.1", "--warmup", "30", "--aug-cfg", "scale=(0.9, 1.0)"]
-    flags += ["--precision", "fp32", "--workers", "0", "--device", "cpu", "--seed", str(args.seed)]
+    flags += ["--precision", "fp32", "--workers", "0", "--device", "cpu", "--seed", str(seed)]
     flags += ["--save-frequency", "0", "--log-every-n-steps", "2"]
     step(3, "train plain CLIP with OpenCLIP's trainer")
-    plain = train("plain", flags, folder, args.epochs)
+    plain = train("plain", flags, folder, epochs)
     step(4, "train the same with --loss mmts")
-    mmts = train("mmts", flags, folder, args.epochs, ["--loss", "mmts", "--mmts-clusters", "clusters.parquet"])
+    mmts = train("mmts", flags, folder, epochs, ["--loss", "mmts", "--mmts-clusters", "clusters.parquet"])
 
     step(5, "compare on the balanced held-out images")
     model = f"local-dir:{folder / 'model'}"
     outcome = report.Outcome(
-        seed=args.seed,
-        epochs=args.epochs,
+        seed=seed,
+        epochs=epochs,
         split=parts,
         plain=evaluate(model, plain.checkpoint, folder, parts),
         mmts=evaluate(model, mmts.checkpoint, folder, parts),
@@ -118,8 +110,7 @@ def run(args: argparse.Namespace) -> int:
     with replacing(folder / FINISHED) as temporary:
         temporary.write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
     print(f"\n{outcome.table()}\n{outcome.caveat()}\n\nDone in {outcome.seconds:.0f} s.")
-    print(f"Read {args.output / 'report.html'}; numbers: {args.output / FINISHED}, {args.output / 'results.md'}")
-    return 0
+    print(f"Read {output / 'report.html'}; numbers: {output / FINISHED}, {output / 'results.md'}")
 
 
 def step(number: int, what: str) -> None:
