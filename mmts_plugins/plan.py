@@ -145,7 +145,7 @@ def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[Clus
         return None, "the run uses no shifts"
     if name is None:
         return None, "the run counted its classes in its own annotation file"
-    folders = [Path(), *Path(beside).resolve().parents[:4]]
+    folders = [Path(), *Path(beside).resolve().parents][:5]
     found = next((path for folder in folders if (path := folder / name).exists()), None)
     if found is None:
         return None, f"{name} is not found from here"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
@@ -19,3 +19,9 @@ def presets() -> dict[str, Preset]:
     from .hosts.registry import adapters
 
     return {name: preset for adapter in adapters() for name, preset in adapter.presets.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PRESETS":  # as it was called before hosts held them
+        return presets()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -296,6 +296,15 @@ def test_large_tables_are_not_loaded_and_give_the_same_shifts(
     assert (mapped(wanted)[-2:] == mapped.missing).all()
 
 
+def test_names_of_before_still_work() -> None:
+    from mmts_plugins import presets, registry
+    from mmts_plugins.losses import InfoNCELoss, MaxMarginLoss
+
+    assert presets.presets() == presets.PRESETS
+    assert registry.hosts() == hosts()
+    assert {InfoNCELoss.__name__, MaxMarginLoss.__name__} == {"InfoNCELoss", "MaxMarginLoss"}
+
+
 def test_every_adapter_is_filled_in() -> None:
     seen: dict[str, str] = {}
     common = of_options(COMMON)

@@ -35,8 +35,8 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace a report in DIR")
     add = parser.add_argument_group("tables").add_argument
     add("--preset", metavar="NAME",
-        help=f"shifts and amplitude to show: {', '.join(presets())}; default: clip-cc3m for captions, avion-max-margin "
-        "for classes")  # fmt: skip
+        help=f"shifts and amplitude to show: {', '.join(presets())}; default: the first for temperatures, of classes "
+        "the first for margins")  # fmt: skip
     add("--distribution", metavar="CLASSES", help="of annotations that hold several kinds of classes, only these")
     add("--embeddings", metavar="FILE", help=".npy or .safetensors, a row for each key of the table, for the map")
     add("--encoder", metavar="NAME", help="embed a sample of the captions for the map, as in mmts cluster")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional, Union
 
 from .. import losses
@@ -159,9 +158,3 @@ class Adapter:
         for warning in config.warnings():
             logger.warning("MM-TS: %s", warning)
         return Resolved(config, table, bool(flags.get("mmts_allow_config_change")))
-
-
-def table_file(name: str, beside: Path) -> Optional[Path]:
-    """A table as a record names it: from the current folder, or from ``beside`` upwards."""
-    folders = [Path(), *beside.resolve().parents[:4]]
-    return next((path for folder in folders if (path := folder / name).exists()), None)

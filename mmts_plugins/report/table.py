@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
+from .. import losses
 from .._files import replacing
 from ..clusters import CAPTION, CLASS, ClusterTable
 from ..data.embeddings import LARGEST, check_finite, read_embeddings
@@ -24,7 +25,6 @@ from .concepts import Concepts, examples, shortened, telling_words
 from .page import Page, number, slugs
 from .plots import MIDDLE, SERIES, legend_above, literal, logarithmic, new_figure, save, tail_to_head
 
-_DEFAULT_PRESET = {CAPTION: "clip-cc3m", CLASS: "avion-max-margin"}
 _SHOWN = 5  # largest and smallest clusters, and examples of each plus one: as the paper's Tables 10 to 12
 _EXAMPLES = 4
 _REPEATED = 10
@@ -158,8 +158,14 @@ def _read(path: str, name: str, distribution: Optional[str]) -> list[tuple[str, 
     )
 
 
+def _default_preset(table: ClusterTable) -> str:
+    """Of captions the first for temperatures, of classes the first for margins: as the paper schedules them."""
+    margins = table.kind == CLASS
+    return next(name for name, preset in presets().items() if losses.kind(preset.loss).is_margin == margins)
+
+
 def _shown(name: str, table: ClusterTable, options: Options) -> Shown:
-    preset = options.preset or _DEFAULT_PRESET[table.kind]
+    preset = options.preset or _default_preset(table)
     if preset not in presets():
         raise ConfigError(f"unknown --preset {preset!r}; choose from {', '.join(presets())}")
     plan = Plan.of_preset(preset, 1, table)
