@@ -25,6 +25,7 @@ from torch import Tensor
 from ._files import cache_folder, cached, keep, mapped, one_at_a_time, replacing_folder, sealing, writing
 from .clusters import CAPTION, ClusterTable
 from .errors import MMTSError, TableError, reading
+from .hashing import hash_strings
 from .large import LargeTable
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class KeyLookup:
 
     def __init__(self, table: ClusterTable) -> None:
         hashes = np.concatenate(
-            [_hash_strings(table.keys.slice(start, _CHUNK).to_pylist()) for start in range(0, len(table), _CHUNK)]
+            [hash_strings(table.keys.slice(start, _CHUNK).to_pylist()) for start in range(0, len(table), _CHUNK)]
         )
         self.frequencies, code = np.unique(table.frequency, return_inverse=True)
         self.missing = len(self.frequencies)
@@ -142,15 +143,9 @@ class KeyLookup:
 
     def __call__(self, keys: Sequence[str]) -> np.ndarray:
         """``n`` keys to ``[n]`` int64 indices into :attr:`frequencies`; :attr:`missing` where unknown."""
-        wanted = _hash_strings(keys)
+        wanted = hash_strings(keys)
         place = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
         return np.where(self._hashes[place] == wanted, self._codes[place].astype(np.int64), self.missing)
-
-
-def _hash_strings(keys: Sequence[str]) -> np.ndarray:
-    # surrogatepass: JSON may hold half a character, which no table does.
-    digests = b"".join(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, np.uint64)
 
 
 def _key(table: Union[ClusterTable, LargeTable], tokenizer: Tokenizer, pad_id: int) -> str:
