@@ -20,10 +20,10 @@ import numpy as np
 
 from mmts_plugins.clustering import build, stability
 from mmts_plugins.clustering.estimate import Recipe, estimate, resolve
-from mmts_plugins.clustering.sampling import caption_hashes
 from mmts_plugins.data import cache, encoders
 from mmts_plugins.data.captions import read_samples
 from mmts_plugins.data.source import Source
+from mmts_plugins.hashing import hash_strings
 from mmts_plugins.presets import presets
 
 SETS = {
@@ -59,7 +59,7 @@ def main() -> None:
             print(f"{name}: no file {path}, left out", file=sys.stderr)
             continue
         keys, rows = build.distinct(read_samples(replace(source, data=str(path))).captions)
-        weight, hashes = np.bincount(rows).astype(float), caption_hashes(keys)
+        weight, hashes = np.bincount(rows).astype(float), hash_strings(keys)
         points = cache.embed(encoder.encode, encoder.identity(), keys, name)
         for recipe in RECIPES:
             recipe = resolve(points, replace(recipe, threads=1))

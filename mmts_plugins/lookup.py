@@ -25,6 +25,7 @@ from torch import Tensor
 from ._files import cache_folder, cached, keep, mapped, one_at_a_time, replacing_folder, sealing, writing
 from .clusters import CAPTION, ClusterTable
 from .errors import MMTSError, TableError, reading
+from .hashing import hash_strings
 from .large import LargeTable
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class KeyLookup:
     """
 
     def __init__(self, table: Union[ClusterTable, LargeTable]) -> None:
-        self._hash: Callable[[Sequence[str]], np.ndarray] = _hash_strings
+        self._hash: Callable[[Sequence[str]], np.ndarray] = hash_strings
         if isinstance(table, LargeTable):
             self._hash = _hash_as_tokens
             self.frequencies = table.levels
@@ -141,7 +142,7 @@ class KeyLookup:
             self._hashes, self._codes = _mapped_index(table, _as_tokens, _NO_PAD, _key(table, _as_tokens, _NO_PAD))
             return
         hashes = np.concatenate(
-            [_hash_strings(table.keys.slice(start, _CHUNK).to_pylist()) for start in range(0, len(table), _CHUNK)]
+            [hash_strings(table.keys.slice(start, _CHUNK).to_pylist()) for start in range(0, len(table), _CHUNK)]
         )
         self.frequencies, code = np.unique(table.frequency, return_inverse=True)
         self.missing = len(self.frequencies)
@@ -156,15 +157,9 @@ class KeyLookup:
         return np.where(self._hashes[place] == wanted, self._codes[place].astype(np.int64), self.missing)
 
 
-def _hash_strings(keys: Sequence[str]) -> np.ndarray:
-    # surrogatepass: JSON may hold half a character, which no table does.
-    digests = b"".join(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, np.uint64)
-
-
 def _as_tokens(keys: Sequence[str]) -> Tensor:
     """Keys as rows of four numbers, so that a large table is indexed by them as it is by a host's tokens."""
-    return torch.from_numpy(_hash_strings(keys).view(np.uint16).astype(np.int64)).view(-1, 4)
+    return torch.from_numpy(hash_strings(keys).view(np.uint16).astype(np.int64)).view(-1, 4)
 
 
 def _hash_as_tokens(keys: Sequence[str]) -> np.ndarray:

@@ -18,13 +18,14 @@ from test_clustering import CAPTIONS, cluster, refused, write
 from mmts_plugins.cli import main
 from mmts_plugins.clustering import density, kmeans, stability
 from mmts_plugins.clustering.estimate import Estimate, Recipe, estimate, resolve
-from mmts_plugins.clustering.sampling import caption_hashes, priorities, sample
+from mmts_plugins.clustering.sampling import priorities, sample
 from mmts_plugins.clustering.stages import Job, Worker, plan_merge, read_part
 from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.data import cache, encoders, images
 from mmts_plugins.data.rows import Rows
 from mmts_plugins.data.source import Source
 from mmts_plugins.errors import MMTSError
+from mmts_plugins.hashing import hash_strings
 
 sklearn_cluster = pytest.importorskip("sklearn.cluster")
 
@@ -56,7 +57,7 @@ def test_parts_read_like_one_array(tmp_path: Path) -> None:
 def test_a_sample_does_not_depend_on_order_and_is_unbiased() -> None:
     captions = [f"caption {number}" for number in range(2000)]
     weight = np.random.default_rng(0).zipf(1.5, 2000).clip(1, 500).astype(float)
-    hashes = caption_hashes(captions)
+    hashes = hash_strings(captions)
     order = np.random.default_rng(1).permutation(2000)
     sums = []
     for seed in range(200):

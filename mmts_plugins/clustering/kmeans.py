@@ -87,7 +87,7 @@ def cluster(
             of CPU; another number may round otherwise and move rows that lie between two centres.
         algorithm: ``sample`` (k-means++ and at most 25 iterations on ``fit_rows`` rows per cluster), ``lloyd`` (the
             same on all rows, until it stands), ``sklearn`` or ``faiss``.
-        hashes: ``[n]`` uint64, what the sample is drawn by (:func:`.sampling.caption_hashes`); default: row numbers.
+        hashes: ``[n]`` uint64, what the sample is drawn by (:func:`~..hashing.hash_strings`); default: row numbers.
         fit_rows: rows of the sample per cluster.
         device: of ``sample`` and ``lloyd``; ``None`` takes a GPU if there is one.
 

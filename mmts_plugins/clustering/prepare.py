@@ -16,9 +16,9 @@ from ..data.images import ImageEncoder, stamped
 from ..data.rows import Rows
 from ..data.source import Samples, Source
 from ..errors import ConfigError, one_line
+from ..hashing import hash_strings
 from . import build
 from .estimate import Recipe
-from .sampling import caption_hashes
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Pr
         encoder = encoders.TextEncoder(how.encoder, how.batch_size, how.device)
         identity = encoder.identity() if how.cached else None
         points = cache.embed(encoder.encode, identity, keys, f"--encoder {how.encoder}")
-    return Prepared(keys, count, points, np.arange(len(keys)), count.astype(float), caption_hashes(keys),
+    return Prepared(keys, count, points, np.arange(len(keys)), count.astype(float), hash_strings(keys),
                     encoders.public_name(how.encoder), encoders.packages(how.encoder))  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _prepare_images(
     identity = encoder.identity() if how.cached else None
     points = cache.embed(encoder.encode, identity, stamps, f"--encoder {how.encoder}")
     packages = ("timm", "torch") if how.encoder.startswith("timm:") else ("open_clip_torch", "torch")
-    return Prepared(keys, count, points, rows, np.bincount(point).astype(float), caption_hashes(paths),
+    return Prepared(keys, count, points, rows, np.bincount(point).astype(float), hash_strings(paths),
                     f"images {encoders.public_name(how.encoder)}", packages, point)  # fmt: skip
 
 

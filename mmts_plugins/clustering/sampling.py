@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
 import numpy as np
 
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64
-
-
-def caption_hashes(captions: Sequence[str]) -> np.ndarray:
-    """``[n]`` uint64, the same on every machine and in every process."""
-    digests = b"".join(hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions)
-    return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
 def priorities(hashes: np.ndarray, weight: np.ndarray, seed: int) -> np.ndarray:

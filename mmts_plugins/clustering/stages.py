@@ -35,9 +35,10 @@ from ..data.encoders import TextEncoder
 from ..data.rows import Rows
 from ..data.source import Source
 from ..errors import ConfigError, MMTSError, reading
+from ..hashing import hash_strings
 from . import kmeans
 from .estimate import Recipe
-from .sampling import caption_hashes, priorities
+from .sampling import priorities
 
 BUCKETS = 256  # hash ranges that an input file is split into
 PART_ROWS = 262_144  # captions of a part before duplicates across input files are merged
@@ -123,7 +124,7 @@ class Worker:
             one = pa.table({"key": pa.array(captions, pa.large_string())})
             one = one.append_column("count", pa.array(np.ones(len(one), np.int64)))
             counts = _merged(pa.concat_tables([counts, one]))
-        hashes = caption_hashes(counts["key"].to_pylist())
+        hashes = hash_strings(counts["key"].to_pylist())
         order = np.argsort(hashes, kind="stable")
         counts = counts.append_column("hash", pa.array(hashes)).take(order)
         ends = np.searchsorted(hashes[order] >> np.uint64(56), np.arange(BUCKETS + 1, dtype=np.uint64))

@@ -24,3 +24,15 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 positive, seed = whole(1, _MOST), whole(0, _MOST)
+
+
+def at_least(least: int, otherwise: str) -> Callable[[str], int]:
+    """A type for ``argparse``: what Python takes for a whole number, of ``least`` or more."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} {otherwise}")
+        return value
+
+    return number

@@ -10,10 +10,21 @@ from typing import Any, Optional
 
 from .._files import check_writable
 from ..errors import ConfigError, MMTSError
+from ._numbers import at_least
 from ._refuse import refuse_given
 
 FILE_NAME = "mmts_eval.json"
 _MOST_RESAMPLES = 1_000_000
+
+_whole, _positive = at_least(0, "is below zero"), at_least(1, "is not above zero")
+
+
+def _draws(text: str) -> int:
+    value = _whole(text)
+    if value > _MOST_RESAMPLES:
+        raise argparse.ArgumentTypeError(f"{value} is more than {_MOST_RESAMPLES:,}, which no interval needs")
+    return value
+
 
 _DESCRIPTION = """\
 Evaluate a model as papers report it: image-text retrieval (R@1, 5, 10, mean and median rank), multi-instance mAP and
@@ -216,24 +227,3 @@ def _output(args: argparse.Namespace) -> Path:
 def _beside(checkpoint: Optional[str]) -> Optional[Path]:
     folder = Path(checkpoint).absolute().parent if checkpoint else None
     return folder.parent / FILE_NAME if folder is not None and folder.name == "checkpoints" else None
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below zero")
-    return value
-
-
-def _draws(text: str) -> int:
-    value = _whole(text)
-    if value > _MOST_RESAMPLES:
-        raise argparse.ArgumentTypeError(f"{value} is more than {_MOST_RESAMPLES:,}, which no interval needs")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .. import __version__
+from .. import __version__, markdown
 from .._files import replacing
 from ..clusters import CLASS, ClusterTable
 from ..config import THIRDS
@@ -423,14 +423,11 @@ def table(result: Result) -> str:
         title = f"{_TITLES[prefix]} {name[len(prefix) + 1 :].replace('_', ' ')}"
         entries = [entry, *(entry[third] for third in columns[1:])]
         rows.append([title, *(cell(each, percent="rank" not in name) for each in entries)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     said = []
     for kind, counts in result.queries.items():
         parts = ", ".join(f"{name} {number:,}" for name, number in counts.items() if name != "n")
         said.append(f"{counts['n']:,} {kind} queries" + (f" ({parts})" if parts else ""))
-    return "\n".join([*lines, "", "; ".join(said)])
+    return "\n".join([*markdown.padded(rows), "", "; ".join(said)])
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

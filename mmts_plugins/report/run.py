@@ -16,6 +16,7 @@ from ..clusters import CAPTION
 from ..config import THIRDS, of_options
 from ..errors import ConfigError, MMTSError, one_line, reading
 from ..fields import TEXT, WHOLE, Field, check_mapping
+from ..markdown import line
 from ..options import COMMON
 from ..plan import Plan, named_table
 from ..record import FILE_NAME, RECORDED
@@ -492,16 +493,16 @@ def model_card(run: TrainingLog) -> str:
     ]
     # Of the table's path the last part alone: a card is shared, its author's folders are not.
     shown = {name: Path(str(value)).name if name == "clusters" and value else value for name, value in record.items()}
-    lines += [f"| {_cell(name)} | {_cell(_shown(value))} |" for name, value in shown.items()
+    lines += [line([_cell(name), _cell(_shown(value))]) for name, value in shown.items()
               if value not in (None, False) and name not in ("host", "host_version", "mmts_plugins")]  # fmt: skip
     if run.metrics:
         thirds = any(metric.thirds for metric in run.metrics.values())
         columns = ["all", *(("head", "middle", "tail") if thirds else ())]
-        lines += ["", "| metric | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        lines += ["", line(["metric", *columns]), "| --- |" + " ---: |" * len(columns)]
         for name, metric in run.metrics.items():
             cells = [shown_score(name, metric.score)]
             cells += [shown_score(name, metric.thirds.get(third)) for third in THIRDS] if thirds else []
-            lines.append(f"| {_cell(name.replace('_', ' '))} | {' | '.join(cells)} |")
+            lines.append(line([_cell(name.replace("_", " ")), *cells]))
         note = "Recalls, precisions and accuracies in per cent, 95% bootstrap intervals in brackets."
         lines += ["", note + (" Head, middle and tail: thirds of the training samples by frequency." if thirds else "")]
     return "\n".join([*lines, "", "```bibtex", CITATION, "```", ""])
