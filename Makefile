@@ -4,11 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test mutants clean
+.PHONY: help demo test quick docs mutants clean
+
+# No trainer, no second rank, nothing compiled: some ten seconds of processor time, mypy aside (half a minute at first).
+QUICK := $(patsubst %,tests/test_%.py,core config fields tables hits live losses docs mutants) \
+	-k "not (rank or golden or openclips or compiles or sparse)"
 
 help:
 	@echo "make demo   train a small OpenCLIP model plain and with MM-TS, and compare them (minutes, no GPU)"
 	@echo "make test   lint, type-check and test everything"
+	@echo "make quick  lint, type-check and the quick tests (under a minute)"
+	@echo "make docs   the documents as a site, in build/site; a broken link is an error"
 	@echo "make mutants   break the code on purpose, a line at a time, and see a test fail each time (long)"
 	@echo "make clean  remove .venv and the demo's output"
 
@@ -34,6 +40,15 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+quick: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(QUICK)
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants/run.py

@@ -5,42 +5,127 @@ Imports without AVION and patches nothing; :mod:`mmts_plugins.patches.avion` cal
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..clusters import CAPTION, CLASS, ClusterTable
-from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
-from ..distributed import check_ranks_agree, first_on_node, gather_rows
-from ..errors import ConfigError, SeamError, TableError, one_line, reading, shown
-from ..hits import HitGuard, judge
-from ..live import Live, Meter
-from ..lookup import TokenLookup
-from ..losses import InfoNCELoss, MaxMarginLoss
-from ..presets import INFONCE, MAX_MARGIN
-from ..runtime import Runtime
+from ..config import Config
+from ..data.classes import counted, load_classes, read_rows
+from ..distributed import first_on_node, gather_rows
+from ..errors import ConfigError, SeamError, TableError, one_line, shown
+from ..fields import TEXT, Field
+from ..hits import judge
+from ..hosts.adapter import Adapter, Resolved, Table
+from ..hosts.session import Facts, Index, Session
+from ..large import open_table
+from ..lookup import KeyLookup, TokenLookup
+from ..options import Option
+from ..presets import Preset
+from ..record import FILE_NAME
 
-FAMILY = MAX_MARGIN
-PRETRAINING_FAMILY = INFONCE
-DEFAULT_PRESETS = {INFONCE: "avion-clip", MAX_MARGIN: "avion-max-margin"}
-# Every sample's class is known before the first step, so an unknown one can stop the run there.
-DEFAULTS = {"distribution": "noun", "missing": "error", "cluster_of": "segment"}
-PRETRAINING_DEFAULTS = {"cluster_of": "caption", "distribution": None}
+DISTRIBUTIONS = ("noun", "verb", "verb_noun")
+SEGMENT, DRAWN = "segment", "caption"
 
 _PAD = 0  # AVION's tokenizer fills up with zeros
 _PROBED = 10_000  # captions of a data set that are looked up before training
 _EPOCH = re.compile(r"Epoch: \[(\d+)\]")
-_AUTHORS_LOSSES = {"mmts_clip": INFONCE, "mmts_max_margin": MAX_MARGIN}
+_AUTHORS_LOSSES = {"mmts_clip": "mmts-infonce", "mmts_max_margin": "mmts-max-margin"}
+
+
+class Avion(Adapter):
+    """Fine-tuning for retrieval on EK-100: ``main_lavila_finetune_mir.py``."""
+
+    name = "avion"
+    title = "AVION"
+    loss = "mmts-max-margin"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "avion-max-margin": Preset("mmts-max-margin", 0.20, 0.17, 0.30),
+        "avion-clip": Preset("mmts-infonce", 0.08, 0.05, 0.20),
+    }
+    options = (
+        Option(
+            "distribution",
+            Field(TEXT, null=True, choices=DISTRIBUTIONS),
+            "the class whose count is a sample's frequency (default: noun); without --mmts-clusters it is counted in "
+            "--train-metadata",
+        ),
+        Option(
+            "cluster_of",
+            Field(TEXT, null=True, choices=(SEGMENT, DRAWN)),
+            "whose frequency a sample has: the video's own segment (default in fine-tuning) or the caption drawn for "
+            "it (always in pre-training)",
+        ),
+    )
+    # Every sample's class is known before the first step, so an unknown one can stop the run there.
+    defaults: ClassVar[Mapping[str, Any]] = {"distribution": "noun", "missing": "error", "cluster_of": SEGMENT}
+    counted_in = "--train-metadata"
+
+    def open_table(self, path: str, config: Config) -> Table:
+        """Captions or classes; classes also as ``class_id,count`` CSV, as the authors publish them."""
+        return load_table(path)
+
+    def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
+        if table is None or table.kind != CAPTION:
+            return config
+        if flags.get("mmts_distribution") is not None:
+            raise TableError(f"{table.source}: a table of captions has no classes; leave --mmts-distribution out")
+        return replace(config, own={**config.own, "distribution": None})
+
+    def counts(self, config: Config) -> bool:
+        return config.own["distribution"] is not None
+
+    def count(self, config: Config, table: Optional[Table], path: str) -> Optional[Table]:
+        """Classes of EK-100's annotation file; where the drawn caption counts, narrations by their classes."""
+        distribution = config.own["distribution"]
+        if table is None:
+            table = count_classes(path, distribution)
+        if table.kind == CLASS and config.own["cluster_of"] == DRAWN:
+            assert isinstance(table, ClusterTable)  # of classes nobody has two million
+            table = narrations(path, distribution, table)
+        return table
+
+    def classes_in(self, path: str, columns: Sequence[str]) -> dict[str, Callable[[], ClusterTable]]:
+        if not {"verb_class", "noun_class"} <= set(columns):
+            return {}
+        return {kind: partial(count_classes, path, kind) for kind in DISTRIBUTIONS}
+
+
+class AvionPretraining(Avion):
+    """Pre-training on narrations, which have no classes: ``main_lavila_pretrain.py``."""
+
+    name = "avion-pretraining"
+    loss = "mmts-infonce"
+    defaults: ClassVar[Mapping[str, Any]] = {"cluster_of": DRAWN, "distribution": None}
+    counted_in = ""
+
+    def open_table(self, path: str, config: Config) -> Table:
+        self.settle(config, None, {})
+        table = load_table(path)
+        if table.kind != CAPTION:
+            raise TableError(f"{table.source}: a table of classes, but narrations of pre-training have none")
+        return table
+
+    def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
+        if config.own["distribution"] is not None or config.own["cluster_of"] != DRAWN:
+            raise ConfigError(
+                "pre-training has narrations and no classes: leave out --mmts-distribution and --mmts-cluster-of, and "
+                "give a table of the narrations (--mmts-clusters)"
+            )
+        return config
+
+
+FINETUNING, PRETRAINING = Avion(), AvionPretraining()
 
 
 def authors_flags(argv: Sequence[str]) -> list[str]:
@@ -64,7 +149,7 @@ def authors_flags(argv: Sequence[str]) -> list[str]:
         rest += ["--loss", _AUTHORS_LOSSES[loss]]
     if "--use-distribution" in given:
         rest += ["--mmts-distribution", given["--use-distribution"]]
-    distribution = given.get("--use-distribution", DEFAULTS["distribution"])
+    distribution = given.get("--use-distribution", FINETUNING.defaults["distribution"])
     path = given.get(f"--mmts-{distribution.replace('_', '-')}-dist-path")
     return rest if path is None else [*rest, "--mmts-clusters", path]
 
@@ -86,54 +171,47 @@ class ToldSchedule(np.ndarray):
         return super().__getitem__(index)
 
 
-class Run:
-    """MM-TS in one AVION training run: made when its flags are taken, used at each seam.
+@dataclass(frozen=True)
+class Samples:
+    """How the samples of the training data set are found.
+
+    Attributes:
+        index: in the table.
+        text: makes an example of a drawn caption's tokens.
+    """
+
+    index: Index
+    text: Callable[[Any], str] = str
+
+
+class _Carried:
+    """Of samples whose own index was found before the first step, and travels in the batch."""
+
+    def __init__(self, frequencies: np.ndarray) -> None:
+        self.frequencies = frequencies
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        return samples
+
+
+class Job:
+    """A job of AVION from its flags until training starts: AVION tells what a run is piece by piece.
 
     Args:
-        flags: ours, from :func:`mmts_plugins.config.split_flags`.
+        adapter: fine-tuning or pre-training.
+        flags: ours.
         host_version: for messages and ``mmts.yaml``.
-        pretraining: in ``main_lavila_pretrain.py``: InfoNCE on narrations, which have no classes.
 
     Raises:
         ConfigError, TableError: before anything is built or written.
     """
 
-    def __init__(self, flags: dict[str, Any], host_version: str = "", pretraining: bool = False) -> None:
-        family, defaults = (PRETRAINING_FAMILY, PRETRAINING_DEFAULTS) if pretraining else (FAMILY, DEFAULTS)
-        self.config: Config = resolve(flags, family, DEFAULT_PRESETS, defaults)
-        self.allow_change = bool(flags.get("mmts_allow_config_change"))
-        self.host_version = host_version
-        self.table: Optional[ClusterTable] = None
-        if pretraining and (self.config.distribution is not None or self.config.cluster_of != "caption"):
-            raise ConfigError(
-                "pre-training has narrations and no classes: leave out --mmts-distribution and --mmts-cluster-of, and "
-                "give a table of the narrations (--mmts-clusters)"
-            )
-        if self.config.clusters is not None and not self.config.no_shifts:
-            self.table = load_table(self.config.clusters)
-            if self.table.kind == CAPTION:
-                if "mmts_distribution" in flags:
-                    raise TableError(
-                        f"{self.table.source}: a table of captions has no classes; leave --mmts-distribution out"
-                    )
-                self.config = replace(self.config, distribution=None)
-            elif pretraining:
-                raise TableError(f"{self.table.source}: a table of classes, but narrations of pre-training have none")
-        self.lookup: Optional[TokenLookup] = None
-        self.runtime: Optional[Runtime] = None
-        self._args: Any = None
-        self._losses: Optional[nn.Module] = None
-        self.live: Optional[Live] = None
-        self._meter = Meter()
-        self._guard: Optional[HitGuard] = None
-        self._shown: dict[str, float] = {}
-        self._tokens: Optional[Tensor] = None
-        # Without a learning rate schedule (--fix-lr) nobody tells the step, and forward passes are counted.
-        self._counted_from: Optional[int] = None
-        self._steps_per_epoch = 1
-        self._step_told = False
-
-    # -- once, before training --------------------------------------------------------------------------------------
+    def __init__(self, adapter: Adapter, flags: Mapping[str, Any], host_version: str = "") -> None:
+        self.adapter, self.host_version = adapter, host_version
+        self.resolved = adapter.resolve(flags)
+        self.args: Any = None
+        self.samples: Optional[Samples] = None
+        self.run: Optional[Run] = None
 
     def begin(self, args: Any) -> None:
         """With AVION's parsed arguments, once its process group is up.
@@ -141,65 +219,54 @@ class Run:
         Raises:
             ConfigError, TableError: an unsupported argument, or a metadata file whose classes cannot be counted.
         """
-        self._args = args
-        if getattr(args, "evaluate", False) and args.rank == 0:
+        self.args = args
+        if getattr(args, "evaluate", False):
             self._warn("--loss mmts changes nothing here: --evaluate trains nothing")
         if args.update_freq > 1:
             raise ConfigError(
                 f"--update-freq {args.update_freq}: gradient accumulation is broken in AVION itself (its loop uses "
                 "images before it has any); train with --update-freq 1 and a larger --batch-size or more GPUs"
             )
-        if not self.config.no_shifts:
-            if self.table is None:
-                assert self.config.distribution is not None
-                self.table = count_classes(args.train_metadata, self.config.distribution)
-            if self.table.kind == CLASS and self.config.cluster_of == "caption":
-                assert self.config.distribution is not None
-                self.table = narrations(args.train_metadata, self.config.distribution, self.table)
-        self.config.publish(args)
+        config, table, allow_change = self.resolved
+        if self.adapter.counted_in and not config.no_shifts:
+            self.resolved = Resolved(config, self.adapter.count(config, table, args.train_metadata), allow_change)
+        config.publish(args)
 
     def find(self, dataset: Any) -> Optional[np.ndarray]:
-        """For each sample of a training data set (``samples``, ``tokenizer``, ``metadata``) the row of its own segment
-        in the table, ``[n]`` int64; ``None`` where the drawn captions count, whose tokens :meth:`see` gets.
+        """For each sample of a training data set (``samples``, ``tokenizer``, ``metadata``) the index of its own
+        segment, ``[n]`` int64; ``None`` where the drawn captions count.
 
         Raises:
             TableError: too many samples that are not in the table.
         """
-        if self.table is None:
-            return None if self.config.cluster_of == "caption" else np.zeros(len(dataset.samples), dtype=np.int64)
-        if self.config.cluster_of == "caption":
-            self._look_up(dataset)
+        config, table, _ = self.resolved
+        segment = config.own["cluster_of"] == SEGMENT
+        if table is None or config.no_shifts:
+            return np.zeros(len(dataset.samples), dtype=np.int64) if segment else None
+        if not segment:
+            self._try_captions(dataset, table)
             return None
-        if self.table.kind == CAPTION:
+        distribution = config.own["distribution"]
+        if table.kind == CAPTION:
             what, keys = "caption", [str(sample[4]) for sample in dataset.samples]
         else:
-            assert self.config.distribution is not None
-            what = f"{self.config.distribution} class"
-            keys = [_key(self.config.distribution, *sample[-2:]) for sample in dataset.samples]
-        rows = self.table.rows_of(keys)
-        self._judge(
-            [keys[i] for i in np.flatnonzero(rows < 0)], len(keys), f"training samples of {dataset.metadata}", what
-        )
-        return np.where(rows < 0, len(self.table), rows)
+            what, keys = f"{distribution} class", [_key(distribution, *sample[-2:]) for sample in dataset.samples]
+        lookup = KeyLookup(table)
+        rows = lookup(keys)
+        absent = [keys[i] for i in np.flatnonzero(rows == lookup.missing)]
+        self._judge(absent, len(keys), f"training samples of {dataset.metadata}", what)
+        self.samples = Samples(_Carried(lookup.frequencies))
+        return rows
 
-    def _look_up(self, dataset: Any) -> None:
+    def _try_captions(self, dataset: Any, table: Table) -> None:
         """Index the table by the host's tokens, once, and try captions of this data set."""
-        assert self.table is not None
-        args = self._args
-        if self.lookup is None:
+        args = self.args
+        if self.samples is None:
             with first_on_node(args.gpu or 0, args.world_size > 1):
-                self.lookup = TokenLookup(self.table, dataset.tokenizer, _PAD, _device(args))
-            # Only some of many narrations are tried here; the batches tell of the others.
-            self._guard = HitGuard(
-                "drawn captions",
-                self.table.source,
-                self.config.missing,
-                lambda row: _text(row, dataset.tokenizer),
-                self._warn,
-                _device(args),
-                args.rank,
-                args.world_size,
-            )
+                made = TokenLookup(table, dataset.tokenizer, _PAD, _device(args))
+            self.samples = Samples(made, lambda row: _text(row, dataset.tokenizer))
+        lookup = self.samples.index
+        # Only some of many narrations are tried here; the batches tell of the others.
         spread = np.unique(np.linspace(0, len(dataset.samples) - 1, _PROBED).astype(int))
         drawn = getattr(dataset, "metadata_sentence", None)
         captions = (
@@ -207,94 +274,109 @@ class Run:
             if drawn is None
             else [str(caption) for caption in drawn.iloc[:, 1]]
         )
-        index = self.lookup(dataset.tokenizer(captions).to(_device(args)))
-        absent = [captions[i] for i in torch.nonzero(index == self.lookup.missing).flatten().tolist()]
+        index = torch.as_tensor(lookup(dataset.tokenizer(captions).to(_device(args))))
+        absent = [captions[i] for i in torch.nonzero(index == len(lookup.frequencies)).flatten().tolist()]
         self._judge(absent, len(captions), f"captions of {dataset.metadata}", "caption")
 
     def _judge(self, absent: Sequence[str], total: int, what: str, found_by: str) -> None:
         """Samples known before training, on every rank alike."""
-        assert self.table is not None
+        config, table, _ = self.resolved
+        assert table is not None
         hint = "" if found_by == "caption" else " Or of another distribution (--mmts-distribution noun|verb|verb_noun)?"
         examples = sorted(set(absent))
-        source, missing = self.table.source, self.config.missing
-        warning = judge(len(absent), total, f"{total} {what}", source, missing, examples, found_by, hint)
-        if warning is not None and self._args.rank == 0:
+        warning = judge(len(absent), total, f"{total} {what}", table.source, config.missing, examples, found_by, hint)
+        if warning is not None:
             self._warn(warning)
 
-    @staticmethod
-    def _warn(warning: str) -> None:
-        print(f"MM-TS: warning: {one_line(warning)}", flush=True)
+    def _warn(self, warning: str) -> None:
+        if self.args.rank == 0:
+            print(f"MM-TS: warning: {one_line(warning)}", flush=True)
 
-    def prepare(self, total_steps: int) -> None:
-        """When the length of the run is known, before its first step: the last checks, the banner, ``mmts.yaml``.
+    def start(self, total_steps: int) -> Run:
+        """When the length of the run is known, before its first step.
 
         Raises:
             ConfigError: no step to train, ranks that differ, or a resumed run that differs.
             SeamError: AVION's arguments were never seen.
         """
-        args = self._args
-        if args is None:
+        if self.args is None:
             raise SeamError(f"AVION {self.host_version}: training starts without init_distributed_mode(args)")
-        if total_steps < 1:
-            raise ConfigError("the run has no optimizer step: lower --batch-size or raise --epochs")
-        device = _device(args)
-        values = record(
-            self.config, total_steps, self.table.content_hash if self.table else None, "AVION", self.host_version
-        )
-        if args.world_size > 1:
-            check_ranks_agree(values, args.rank, args.world_size, device)
-        checkpoint = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
-        if os.path.isfile(checkpoint):
-            check_resume(Path(checkpoint).parent / FILE_NAME, values, self.allow_change, self.table)
-        frequencies = np.ones(1) if self.table is None else self.table.frequency
-        if self.lookup is not None:
-            frequencies = self.lookup.frequencies
-        self.runtime = Runtime(self.config, self.table, frequencies, total_steps, device)
-        path = Path(args.output_dir) / LOG_NAME
-        self.live = Live(self.runtime, path=path, rank=args.rank, world_size=args.world_size)
-        if args.rank != 0:
-            return
-        print(f"MM-TS: {self.runtime.describe()}")
-        for warning in self.runtime.warnings():
-            self._warn(warning)
-        if getattr(args, "start_epoch", 0) >= args.epochs:
-            self._warn(f"{args.start_epoch} of --epochs {args.epochs} are done: nothing is trained")
-        if self.table is not None:
-            what = f"{self.config.distribution} classes" if self.config.distribution else "clusters"
-            keys = "classes" if self.table.kind == CLASS else "captions"
-            print(
-                f"MM-TS: {what} of {self.table.source}, by the {self.config.cluster_of}: {len(self.table)} {keys}, "
-                f"frequency {self.table.frequency.min():g} to {self.table.frequency.max():g}, "
-                f"hash {self.table.content_hash}",
-                flush=True,
-            )
-        write_record(path.parent / FILE_NAME, values)
-
-    # -- every epoch and step ---------------------------------------------------------------------------------------
+        self.run = Run(self, total_steps)
+        return self.run
 
     def meters(self, steps: int, meters: Sequence[Any], prefix: str) -> list[Any]:
         """Where AVION sets up its progress line: ours joins those of a training epoch of ``steps`` iterations."""
         epoch = _EPOCH.match(prefix)
         if epoch is None:
             return list(meters)
-        if self.runtime is None or self._counted_from is not None:
-            self._counted_from = steps * int(epoch[1])
-            if self.runtime is None:
-                self.prepare(steps * self._args.epochs)
-        self._steps_per_epoch = steps
-        return [*meters, _Meter(self)]
+        counted = self.run is None or self.run.is_counted
+        run = self.run or self.start(steps * self.args.epochs)
+        run.begin_epoch(int(epoch[1]), steps, counted)
+        return [*meters, _Meter(run)]
 
-    def set_step(self, step: int) -> None:
-        """AVION's global iteration, before its forward pass; it asks once for each parameter group."""
-        assert self.runtime is not None
-        self.runtime.step = step
-        self._step_told = True
+
+class Run(Session):
+    """MM-TS in one AVION training run."""
+
+    losses_per_step = 1
+
+    def __init__(self, job: Job, total_steps: int) -> None:
+        args, samples = job.args, job.samples
+        checkpoint = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
+        start_epoch = getattr(args, "start_epoch", 0)
+        facts = Facts(
+            total_steps=total_steps,
+            device=_device(args),
+            host_version=job.host_version,
+            folder=Path(args.output_dir),
+            resumed=str(Path(checkpoint).parent / FILE_NAME) if os.path.isfile(checkpoint) else None,
+            done=f"{start_epoch} of --epochs {args.epochs} are done" if start_epoch >= args.epochs else "",
+            longer="lower --batch-size or raise --epochs",
+            rank=args.rank,
+            world_size=args.world_size,
+        )
+        super().__init__(job.adapter, job.resolved, facts, None if samples is None else lambda: samples.index)
+        if samples is None and self.table is not None and not self.config.no_shifts:
+            raise SeamError(f"AVION {job.host_version}: training starts, but its training data were never seen by us")
+        self._args = args
+        self._segment = self.config.own["cluster_of"] == SEGMENT
+        if samples is not None and not self._segment:
+            self.judge_batches("drawn captions", samples.text)
+        self._tokens: Optional[Tensor] = None
+        self._shown: dict[str, float] = {}
+        # Without a learning rate schedule (--fix-lr) nobody tells the step, and forward passes are counted.
+        self._counted_from: Optional[int] = None
+        self._steps_per_epoch = 1
+        self.write_record()
+
+    def describe_table(self) -> str:
+        table, distribution = self.table, self.config.own["distribution"]
+        assert table is not None
+        what = f"{distribution} classes" if distribution else "clusters"
+        keys = "classes" if table.kind == CLASS else "captions"
+        return (
+            f"{what} of {table.source}, by the {self.config.own['cluster_of']}: {len(table)} {keys}, frequency "
+            f"{table.summary.low:g} to {table.summary.high:g}, hash {table.content_hash}"
+        )
+
+    # -- every epoch and step ---------------------------------------------------------------------------------------
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether steps are counted here, for want of a schedule that tells them."""
+        return self._counted_from is not None
+
+    def begin_epoch(self, epoch: int, steps: int, counted: bool) -> None:
+        """An epoch of ``steps`` iterations; under ``counted`` nobody will tell them."""
+        self._steps_per_epoch = steps
+        if counted:
+            self._counted_from = steps * epoch
 
     def see(self, tokens: Tensor) -> None:
         """``[n, L]`` token ids of the captions that the model is given in a training step."""
         self._tokens = tokens
 
-    def loss(
+    def loss_of_batch(
         self, host_loss: Any, image_features: Tensor, text_features: Tensor, rows: Optional[Tensor] = None
     ) -> Tensor:
         """The training loss.
@@ -302,68 +384,42 @@ class Run:
         Args:
             host_loss: AVION's ``MaxMarginRankingLoss`` or ``ClipLoss``, for its distributed flags.
             image_features, text_features: ``[n, D]`` of this rank.
-            rows: ``[n]`` int64 of :meth:`find`, carried by the batch; unused where the drawn captions count.
+            rows: ``[n]`` int64 of :meth:`Job.find`, carried by the batch; unused where the drawn captions count.
 
         Raises:
             SeamError: the step or the samples' rows did not arrive; plain training would go on unnoticed.
         """
         if self._counted_from is not None:
-            self.set_step(self._counted_from)
+            self.at_step(self._counted_from)
             self._counted_from += 1
-        if self.runtime is None or not self._step_told:
-            raise SeamError(f"AVION {self.host_version}: a training step without its learning rate: no clock")
-        self._step_told = False
-        if self._losses is None:
-            family = InfoNCELoss if self.config.loss == INFONCE else MaxMarginLoss
-            self._losses = family(
-                host_loss.local_loss, host_loss.gather_with_grad, host_loss.rank, host_loss.world_size
-            )
-        index = self._index(rows)
-        shift = self.runtime.shift(index)
-        temperature = self.runtime.base + shift
+        temperature = self.temperatures(self._samples(rows))
+        if (self.step + 1) % self._steps_per_epoch == 0:
+            self.judge_now()
         # In float32 whatever AMP makes of them: InfoNCE expects normalised features.
         images, texts = (F.normalize(features.float(), dim=-1) for features in (image_features, text_features))
-        self._show(images, texts, shift, index == self.runtime.missing)
-        loss: Tensor = self._losses(images, texts, temperature)
+        flags = {"local_loss": host_loss.local_loss, "gather_with_grad": host_loss.gather_with_grad}
+        loss = self.loss(images, texts, temperature, **flags)
+        if self.facts.rank == 0 and self.step % self._steps_per_epoch % self._args.print_freq == 0:  # as AVION prints
+            self._shown = self.report(line=False)
         return loss
 
-    def _show(self, images: Tensor, texts: Tensor, shift: Tensor, missed: Tensor) -> None:
-        assert self.runtime is not None
-        assert self.live is not None
-        self.live.watch(images, texts, self.runtime.base + shift)
-        if self._args.rank != 0:
-            return
-        self._meter.update(shift, missed)
-        if self.runtime.step % self._steps_per_epoch % self._args.print_freq == 0:  # as AVION decides to print
-            self._shown = self._meter.read(self.runtime)
-            self.live.report(self._shown)
-
-    def _index(self, rows: Optional[Tensor]) -> Tensor:
-        """Of a batch's samples into the runtime's frequencies."""
-        if self.config.cluster_of == "segment":
+    def _samples(self, rows: Optional[Tensor]) -> Tensor:
+        if self._segment:
             if rows is None or rows.dtype != torch.int64:
-                raise SeamError(f"AVION {self.host_version}: the batch does not carry the samples' classes")
+                raise SeamError(f"AVION {self.facts.host_version}: the batch does not carry the samples' classes")
             return rows
         tokens, self._tokens = self._tokens, None
         if tokens is None:
-            raise SeamError(f"AVION {self.host_version}: a training step whose captions the model was not given")
-        if self.lookup is None:
-            return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        index = self.lookup(tokens)
-        assert self._guard is not None
-        assert self.runtime is not None
-        self._guard.see(index == self.lookup.missing, tokens)
-        if (self.runtime.step + 1) % self._steps_per_epoch == 0:
-            self._guard.conclude()
-        return index
+            raise SeamError(f"AVION {self.facts.host_version}: a training step whose captions the model was not given")
+        return tokens
 
     def progress(self) -> str:
         """Ours of AVION's progress line: of the samples since the last one."""
-        if self.runtime is None or not self._shown:
+        if not self._shown:
             return ""
-        shown, name = self._shown, "margin" if self.config.loss == MAX_MARGIN else "tau"
+        shown, name = self._shown, "margin" if self.config.kind.is_margin else "tau"
         return (
-            f"MM-TS {self.runtime.step}/{self.runtime.total_steps} {name} {shown['tau_mean']:.4f} "
+            f"MM-TS {self.step}/{self.facts.total_steps} {name} {shown['tau_mean']:.4f} "
             f"[{shown['tau_min']:.4f}, {shown['tau_max']:.4f}] base {shown['tau_base']:+.4f} "
             f"head {shown['tau_head']:.4f} tail {shown['tau_tail']:.4f}"
         )
@@ -430,9 +486,9 @@ def count_classes(metadata: str, distribution: str) -> ClusterTable:
         TableError: it cannot be read, has no column ``verb_class`` or ``noun_class``, or one holds no whole number.
     """
     counts: Counter[str] = Counter()
-    for line, *pair in _read(metadata, ("verb_class", "noun_class"), "an EK-100 annotation file"):
+    for line, *pair in read_rows(metadata, ("verb_class", "noun_class"), "an EK-100 annotation file"):
         counts[_class(metadata, line, distribution, *pair)] += 1
-    return _table(counts, metadata)
+    return counted(counts, metadata)
 
 
 def narrations(metadata: str, distribution: str, classes: ClusterTable) -> ClusterTable:
@@ -445,7 +501,7 @@ def narrations(metadata: str, distribution: str, classes: ClusterTable) -> Clust
     """
     columns = ("narration", "verb_class", "noun_class")
     of: dict[str, Counter[str]] = {}
-    for line, narration, *pair in _read(metadata, columns, "an EK-100 annotation file"):
+    for line, narration, *pair in read_rows(metadata, columns, "an EK-100 annotation file"):
         of.setdefault(narration, Counter())[_class(metadata, line, distribution, *pair)] += 1
     rows = classes.rows_of([seen.most_common(1)[0][0] for seen in of.values()])
     known = sorted((narration, row) for narration, row in zip(of, rows.tolist()) if row >= 0)
@@ -462,50 +518,10 @@ def _narrations_of(sample: Sequence[Any]) -> list[str]:
     return [str(text) for text in sample[3]] if isinstance(sample[3], list) else [str(sample[3])]
 
 
-def load_table(path: str) -> ClusterTable:
+def load_table(path: str) -> Table:
     """A cluster table, or classes as ``class_id,count`` CSV, as the authors publish them.
 
     Raises:
         TableError: it cannot be read.
     """
-    return load_classes(path) if path.endswith(".csv") else ClusterTable.load(path)
-
-
-def load_classes(path: str) -> ClusterTable:
-    """``class_id,count`` CSV as a table of classes.
-
-    Raises:
-        TableError: it cannot be read.
-    """
-    counts: dict[str, float] = {}
-    for line, key, count in _read(path, ("class_id", "count"), "a distribution of classes"):
-        if key in counts:
-            raise TableError(f"{path}, line {line}: class {key} occurs twice")
-        if not key.strip():
-            raise TableError(f"{path}, line {line}: no class_id")
-        if not re.fullmatch(r"\s*[0-9]{1,15}\s*", count):
-            raise TableError(f"{path}, line {line}: the count of class {key} is {shown(count)}: not a whole number")
-        counts[key] = int(count)
-    return _table(counts, path)
-
-
-def _table(counts: dict[str, Any], source: str) -> ClusterTable:
-    keys = sorted(counts)  # so that the same counts have the same hash, wherever they come from
-    sizes = [counts[key] for key in keys]
-    if not keys:
-        raise TableError(f"{source}: no rows")
-    if min(sizes) < 1:
-        raise TableError(f"{source}: class {keys[int(np.argmin(sizes))]} has the count {min(sizes)}")
-    return replace(ClusterTable.build(keys, range(len(keys)), sizes, sizes, CLASS), source=source)
-
-
-def _read(path: str, columns: tuple[str, ...], what: str) -> Iterator[tuple[Any, ...]]:
-    """Line number and the columns of every row."""
-    with reading(path, f"cannot be read as {what}", TableError), open(path, newline="", encoding="utf-8-sig") as file:
-        rows: Iterable[dict[str, Any]] = csv.DictReader(file)
-        names = rows.fieldnames or []  # type: ignore[attr-defined]
-        lacking = [column for column in columns if column not in names]
-        if lacking:
-            raise TableError(f"{path}: not {what}: column {lacking[0]!r} is missing (found: {', '.join(names[:8])})")
-        for row in rows:
-            yield (rows.line_num, *(row[column] or "" for column in columns))  # type: ignore[attr-defined]
+    return load_classes(path) if path.endswith(".csv") else open_table(path)

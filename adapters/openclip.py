@@ -1,4 +1,4 @@
-"""OpenCLIP's conventions translated to the core: its flags, its batch, its loss signature, its logs.
+"""OpenCLIP's conventions translated to the core: its flags, batch, step, loss signature, logs.
 
 Imports without OpenCLIP and patches nothing; :mod:`mmts_plugins.patches.openclip` calls it at the host's seams.
 """
@@ -9,32 +9,25 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._files import writing
-from ..clusters import CAPTION, ClusterTable
-from ..config import FILE_NAME, LOG_NAME, Config, check_resume, record, resolve, write_record
-from ..distributed import check_ranks_agree, first_on_node
-from ..errors import ConfigError, SeamError, TableError, cause, one_line, shown
+from ..distributed import first_on_node
+from ..errors import ConfigError, SeamError, cause, one_line, shown
 from ..functional import HAS_OPERATORS, compiling, opaque
-from ..hits import HitGuard
-from ..large import LargeTable, open_table
-from ..live import Live, Meter, step_line
+from ..hosts.adapter import Adapter, Resolved, Table
+from ..hosts.session import INFO, Facts, Session
 from ..lookup import TokenLookup
-from ..losses import InfoNCELoss, MaxMarginLoss
-from ..presets import INFONCE, MAX_MARGIN
-from ..runtime import Runtime
+from ..presets import Preset
+from ..record import FILE_NAME, LOG_NAME, check_resume
 
 logger = logging.getLogger(__name__)
 
-FAMILY = INFONCE
-DEFAULT_PRESETS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
 TEMPERATURE_KEY = "mmts_temperature"
 _CHECKPOINTS = "checkpoints"  # where OpenCLIP lists files: earlier versions of ours put theirs there
 _NOTHING_TRAINED = (
@@ -42,6 +35,21 @@ _NOTHING_TRAINED = (
     "--lock-text locks both towers; leave one out, or unlock its last layers (--lock-image-unlocked-groups, "
     "--lock-text-unlocked-layers)"
 )
+
+
+class OpenCLIP(Adapter):
+    """``python -m open_clip_train.main``, 3.x and 4.x."""
+
+    name = "openclip"
+    title = "OpenCLIP"
+    recorded = "open_clip_torch"
+    loss = "mmts-infonce"
+    presets: ClassVar[Mapping[str, Preset]] = {"clip-cc3m": Preset("mmts-infonce", 0.04, 0.05, 0.10)}
+    loss_hint = "OpenCLIP's own flag is spelt --loss-dist-impl"
+    default_presets: ClassVar[Mapping[str, str]] = {"mmts-max-margin": "avion-max-margin"}
+
+
+ADAPTER = OpenCLIP()
 
 
 _watches: list[Callable[[Tensor, Tensor, Tensor], None]] = []
@@ -65,7 +73,7 @@ class ScheduledLoss(nn.Module):
     """What replaces OpenCLIP's ``ClipLoss`` or ``CoCaLoss``: the same call, with a temperature for every sample.
 
     Args:
-        kind: ``mmts-infonce`` or ``mmts-max-margin``.
+        make: makes the scheduled loss from ``local_loss, gather_with_grad, rank, world_size``.
         host_loss: the loss that OpenCLIP made. A CoCa loss still computes its caption loss.
         watch: given features and temperatures of every training step; where the loss is compiled, from torch 2.4 on.
         on_call: called in every forward, so that a training step without us in its path is noticed.
@@ -73,16 +81,13 @@ class ScheduledLoss(nn.Module):
 
     def __init__(
         self,
-        kind: str,
+        make: Callable[[bool, bool, int, int], nn.Module],
         host_loss: Any,
         watch: Callable[[Tensor, Tensor, Tensor], None],
         on_call: Optional[Callable[[], None]] = None,
     ) -> None:
         super().__init__()
-        family = InfoNCELoss if kind == INFONCE else MaxMarginLoss
-        self.contrastive = family(
-            host_loss.local_loss, host_loss.gather_with_grad, host_loss.rank, host_loss.world_size
-        )
+        self.contrastive = make(host_loss.local_loss, host_loss.gather_with_grad, host_loss.rank, host_loss.world_size)
         self.captioning = host_loss if hasattr(host_loss, "caption_loss") else None
         self.weight = 1.0
         if self.captioning is not None:
@@ -127,121 +132,69 @@ class ScheduledLoss(nn.Module):
         return losses if output_dict else (loss, losses["caption_loss"])
 
 
-class Run:
-    """MM-TS in one OpenCLIP training run: made when its arguments are parsed, used at each seam.
+class Run(Session):
+    """MM-TS in one OpenCLIP training run: made with the data at hand, used at each seam after that.
 
     Args:
-        flags: ours, from :func:`mmts_plugins.config.split_flags`.
-        args: OpenCLIP's own parsed arguments; gets our settings as plain values, for ``params.txt`` and W&B.
+        resolved: from the flags.
+        args: OpenCLIP's own parsed arguments.
+        data, tokenizer, first_epoch: as its ``get_data`` makes and takes them.
+        host_version: for messages and ``mmts.yaml``.
 
     Raises:
-        ConfigError, TableError: before anything is built or written.
+        ConfigError: no step to train, ranks that differ, or a resumed run that differs.
     """
 
-    def __init__(self, flags: dict[str, Any], args: Any) -> None:
-        self.config: Config = resolve(flags, FAMILY, DEFAULT_PRESETS)
-        self.allow_change = bool(flags.get("mmts_allow_config_change"))
-        _refuse_unsupported(args)
-        self.table: Union[ClusterTable, LargeTable, None] = None
-        if self.config.clusters is not None:
-            self.table = open_table(self.config.clusters)
-            if self.table.kind != CAPTION:
-                raise TableError(
-                    f"{self.table.source}: a table of class ids, but OpenCLIP's samples are found by caption; make one "
-                    "of captions (mmts cluster CAPTIONS --column title, with --label-column for class labels)"
-                )
-        self.config.publish(args)
-        self.runtime: Optional[Runtime] = None
-        self.live: Optional[Live] = None
-        self.lookup: Optional[TokenLookup] = None
-        self.host_version = ""
-        self._meter = Meter()
-        self._guard: Optional[HitGuard] = None
-        self._unwritten: Optional[tuple[Path, dict[str, Any]]] = None
-        self._awaiting_loss = False
-
-    # -- once, before training --------------------------------------------------------------------------------------
-
-    def prepare(self, args: Any, data: dict[str, Any], tokenizer: Any, first_epoch: int) -> None:
-        """With the data at hand: the run's length, the caption index, checks across ranks and against a resumed run.
-
-        Raises:
-            ConfigError: no step to train, ranks that differ, or a resumed run that differs.
-        """
-        steps = data["train"].dataloader.num_batches // args.accum_freq * args.epochs
-        if steps < 1:
-            raise ConfigError(
-                f"the run has no optimizer step: {data['train'].dataloader.num_batches} batches an epoch with "
-                f"--accum-freq {args.accum_freq}; lower --batch-size"
-            )
-        device = torch.device(args.device)
-        values = record(
-            self.config, steps, self.table.content_hash if self.table else None, "open_clip_torch", self.host_version
-        )
-        if args.distributed:
-            check_ranks_agree(values, args.rank, args.world_size, device)
-        master = args.rank == 0
-        folder = Path(args.checkpoint_path).parent
-        # An epoch above zero tells a resumed training checkpoint from bare weights to start from.
-        if first_epoch > 0 and args.resume:
-            _check_resumed(str(args.resume), folder, values, self.allow_change, self.table)
-        frequencies = np.ones(1)
-        if self.table is not None and not self.config.no_shifts:
-            with first_on_node(args.local_rank, args.distributed):
-                self.lookup = TokenLookup(self.table, tokenizer, _pad_id(tokenizer), device)
-            frequencies = self.lookup.frequencies
-            self._guard = HitGuard(
-                "training captions",
-                self.table.source,
-                self.config.missing,
-                lambda row: _text(row, tokenizer),
-                lambda warning: logger.warning("MM-TS: %s", warning),
-                device,
-                args.rank,
-                args.world_size,
-            )
-        self.runtime = Runtime(self.config, self.table, frequencies, steps, device)
+    def __init__(
+        self,
+        resolved: Resolved,
+        args: Any,
+        data: dict[str, Any],
+        tokenizer: Any,
+        first_epoch: int,
+        host_version: str = "",
+    ) -> None:
+        self._args, self._tokenizer = args, tokenizer
+        self._log: Optional[Callable[[dict[str, float], int], None]] = None
+        batches = data["train"].dataloader.num_batches
         saves = bool(args.logs) and args.logs.lower() != "none"
-        self.live = Live(
-            self.runtime,
-            lambda values, step: self._log({f"train/mmts/{name}": value for name, value in values.items()}, step),
-            folder / LOG_NAME if saves else None,
-            args.rank,
-            args.world_size,
+        self._own_folder = Path(args.checkpoint_path).parent
+        facts = Facts(
+            total_steps=batches // args.accum_freq * args.epochs,
+            device=torch.device(args.device),
+            host_version=host_version,
+            folder=self._own_folder if saves else None,
+            # An epoch above zero tells a resumed training checkpoint from bare weights to start from.
+            resumed=str(args.resume) if first_epoch > 0 and args.resume else None,
+            done=f"{first_epoch} of --epochs {args.epochs} are done" if first_epoch >= args.epochs else "",
+            longer=f"{batches} batches an epoch with --accum-freq {args.accum_freq}; lower --batch-size",
+            rank=args.rank,
+            world_size=args.world_size if args.distributed else 1,
         )
-        if not master:
-            return
-        logger.info("MM-TS: %s", self.runtime.describe())
-        for warning in self.runtime.warnings():
-            logger.warning("MM-TS: %s", warning)
-        if first_epoch >= args.epochs:
-            logger.warning("MM-TS: %d of --epochs %d are done: nothing is trained", first_epoch, args.epochs)
-        if self.table is not None:
-            logger.info(
-                "MM-TS: %s: %d captions in %d clusters, %d samples, hash %s",
-                self.table.source,
-                len(self.table),
-                self.table.clusters,
-                self.table.samples,
-                self.table.content_hash,
-            )
-        if self.lookup is not None and self.lookup.merged:
-            logger.info("MM-TS: %d captions tokenize like another and share its shift", self.lookup.merged)
-        if saves:
-            self._unwritten = folder, values
+        looked_up = resolved.table is not None and not resolved.config.no_shifts
+        super().__init__(ADAPTER, resolved, facts, self._make_index if looked_up else None)
+        if looked_up:
+            self.judge_batches("training captions", lambda row: _text(row, tokenizer))
+        merged = getattr(self.index, "merged", 0)
+        if merged and facts.rank == 0:
+            self.say(INFO, f"MM-TS: {merged} captions tokenize like another and share its shift")
+        self._written = False
 
-    def wrap_loss(self, host_loss: Any, watched: bool = True) -> ScheduledLoss:
-        """OpenCLIP's loss replaced by ours. ``watched`` notes each call; a loss that is compiled must stay pure.
+    def _make_index(self) -> TokenLookup:
+        args = self._args
+        assert self.table is not None
+        with first_on_node(args.local_rank, args.distributed):
+            return TokenLookup(self.table, self._tokenizer, _pad_id(self._tokenizer), torch.device(args.device))
 
-        Raises:
-            SeamError: it is neither ``ClipLoss`` nor ``CoCaLoss``.
-        """
-        name = "no loss module" if host_loss is None else type(host_loss).__name__
-        if name not in ("ClipLoss", "CoCaLoss"):
-            raise SeamError(
-                f"open_clip_torch {self.host_version}: --loss mmts replaces ClipLoss or CoCaLoss; this run has {name}"
-            )
-        return ScheduledLoss(self.config.loss, host_loss, self._show, self._loss_called if watched else None)
+    def say(self, level: str, text: str) -> None:
+        logger.log(logging.INFO if level == INFO else logging.WARNING, "%s", text)
+
+    def write_values(self, values: dict[str, float], step: int) -> None:
+        if self._log is not None:
+            self._log({f"train/mmts/{name}": value for name, value in values.items()}, step)
+
+    def check_resumed(self, saved: str, values: dict[str, Any], allow_change: bool) -> None:
+        _check_resumed(saved, self._own_folder, values, allow_change, self.table)
 
     # -- every epoch and step ---------------------------------------------------------------------------------------
 
@@ -252,56 +205,40 @@ class Run:
             SeamError: the loss of this epoch is not ours.
             ConfigError: nothing of the model is trained, or ``mmts.yaml`` cannot be written.
         """
-        if self.runtime is None or not isinstance(loss, ScheduledLoss):
-            raise SeamError(
-                f"open_clip_torch {self.host_version}: training starts without the MM-TS loss (found "
-                f"{type(loss).__name__}); a seam was bypassed. See: mmts doctor"
-            )
+        check_loss(loss, self.facts.host_version)
         if not any(
             weight.requires_grad and name.rpartition(".")[2] not in ("logit_scale", "logit_bias")
             for name, weight in model.named_parameters()
         ):
             raise ConfigError(_NOTHING_TRAINED)
-        if self._unwritten is not None:
-            (folder, values), self._unwritten = self._unwritten, None
-            write_record(folder / FILE_NAME, values)
-            with writing(folder / FILE_NAME, "cannot be written", ConfigError):
-                _tidy(folder)
+        if not self._written:
+            self.write_record()
+            if self.facts.folder is not None and self.facts.rank == 0:
+                with writing(self.facts.folder / FILE_NAME, "cannot be written", ConfigError):
+                    _tidy(self.facts.folder)
+            self._written = True
         self._args, self._log = args, log
         self._scale = _logit_scale(model)
         self._steps_per_epoch = data["train"].dataloader.num_batches // args.accum_freq
         self._first_step = self._steps_per_epoch * epoch
         self._batches = 0
-        self.set_step(self._first_step)
+        self.at_step(self._first_step)
 
-    def set_step(self, step: int) -> None:
-        """The host's optimizer step, before its forward pass."""
-        assert self.runtime is not None
-        self.runtime.step = step
-        if self._scale is not None and self.config.loss == INFONCE:
+    def at_step(self, step: int) -> None:
+        super().at_step(step)
+        if self._scale is not None and not self.config.kind.is_margin:
             # A true scale in OpenCLIP's own log line and in its checkpoints; the loss itself does not read it.
             with torch.no_grad():
                 self._scale.fill_(-math.log(self.runtime.mean_temperature))
 
-    def temperatures(self, tokens: Tensor) -> Tensor:
-        """``[n, L]`` token ids of a training batch to ``[n]`` temperatures at the current step."""
-        assert self.runtime is not None
-        if self.lookup is None:
-            index = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        else:
-            index = self.lookup(tokens)
-        shift = self.runtime.shift(index)
-        if torch.is_grad_enabled():  # accumulation runs every batch twice; count it once
-            missed = index == self.runtime.missing
-            self._meter.update(shift, missed)
-            if self._guard is not None:
-                self._guard.see(missed, tokens)
-        return shift + self.runtime.base
-
     def batch_starts(self, *_: Any) -> None:
         """Before a forward pass. Under ``--skip-scheduler`` nobody tells us the step, so it is counted."""
         if self._args.skip_scheduler:
-            self.set_step(self._first_step + self._batches // self._args.accum_freq)
+            self.at_step(self._first_step + self._batches // self._args.accum_freq)
+
+    def of_batch(self, tokens: Tensor) -> Tensor:
+        """``[n, L]`` token ids to ``[n]`` temperatures; accumulation runs every batch twice, and counts it once."""
+        return self.temperatures(tokens, counted=torch.is_grad_enabled())
 
     def batch_done(self) -> None:
         """One batch of the current accumulation group went through: log where the host logs."""
@@ -309,53 +246,56 @@ class Run:
         done, rest = divmod(self._batches, self._args.accum_freq)
         if rest:
             return
-        if done == self._steps_per_epoch and self._guard is not None:
-            self._guard.conclude()
-        if self._args.rank != 0:
-            return
+        if done == self._steps_per_epoch:
+            self.judge_now()
         line_every = self._args.log_every_n_steps
         values_every = max(1, getattr(self._args, "log_metric_every_n_steps", line_every))  # 4.x: more often than lines
         line = (done - 1) % line_every == 0 or done == self._steps_per_epoch
         if line or (done - 1) % values_every == 0:
-            self._report(line)
+            self.report(line)
 
     def tag(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook on the trained model: one temperature per sample joins its output and flows to the loss."""
         tokens = kwargs["text"] if "text" in kwargs else inputs[1]
         if not isinstance(output, dict):
-            raise SeamError(f"open_clip_torch {self.host_version}: the model's output is not a dict")
-        training_step = torch.is_grad_enabled()
-        if training_step and self._awaiting_loss:
-            raise SeamError(
-                f"open_clip_torch {self.host_version}: a training step went by without the MM-TS loss; plain training "
-                "would go on unnoticed"
-            )
-        output[TEMPERATURE_KEY] = self.temperatures(tokens)
-        if training_step:
-            self._awaiting_loss = True
+            raise SeamError(f"open_clip_torch {self.facts.host_version}: the model's output is not a dict")
+        output[TEMPERATURE_KEY] = self.of_batch(tokens)
+        if torch.is_grad_enabled():
             self.batch_done()
         return output
 
-    def _loss_called(self) -> None:
-        self._awaiting_loss = False
 
-    # -- what the user sees -----------------------------------------------------------------------------------------
-
-    def _show(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> None:
-        assert self.live is not None  # made after 4.x makes its loss, before it trains
-        self.live.watch(image_features, text_features, temperature)
-
-    def _report(self, line: bool) -> None:
-        """To the host's loggers, and as a ``line`` of its log."""
-        assert self.runtime is not None
-        assert self.live is not None
-        values = self._meter.read(self.runtime)
-        self.live.report(values)
-        if line:
-            logger.info("%s", step_line(self.runtime, values))
+def check_loss(loss: Any, host_version: str) -> None:
+    """Raise :class:`SeamError` where the loss that an epoch is trained with is not ours."""
+    if not isinstance(loss, ScheduledLoss):
+        raise SeamError(
+            f"open_clip_torch {host_version}: training starts without the MM-TS loss (found {type(loss).__name__}); a "
+            "seam was bypassed. See: mmts doctor"
+        )
 
 
-def _refuse_unsupported(args: Any) -> None:
+def wrap_loss(
+    resolved: Resolved,
+    host_loss: Any,
+    watch: Callable[[Tensor, Tensor, Tensor], None],
+    on_call: Optional[Callable[[], None]],
+    host_version: str = "",
+) -> ScheduledLoss:
+    """OpenCLIP's loss replaced by ours. ``on_call`` notes each call; a loss that is compiled must stay pure.
+
+    Raises:
+        SeamError: it is neither ``ClipLoss`` nor ``CoCaLoss``.
+    """
+    name = "no loss module" if host_loss is None else type(host_loss).__name__
+    if name not in ("ClipLoss", "CoCaLoss"):
+        raise SeamError(
+            f"open_clip_torch {host_version}: --loss mmts replaces ClipLoss or CoCaLoss; this run has {name}"
+        )
+    return ScheduledLoss(resolved.config.kind.module, host_loss, watch, on_call)
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Raise :class:`ConfigError` where OpenCLIP's own arguments leave nothing to schedule, or nothing that we can."""
     if getattr(args, "siglip", False):
         raise ConfigError(
             "--siglip has no temperature per row: --loss mmts replaces the softmax loss; drop one of them"
@@ -390,7 +330,7 @@ def _beside(checkpoint: str) -> list[str]:
 
 
 def _check_resumed(
-    checkpoint: str, own: Path, values: dict[str, Any], allow_change: bool, table: Union[ClusterTable, LargeTable, None]
+    checkpoint: str, own: Path, values: dict[str, Any], allow_change: bool, table: Optional[Table]
 ) -> None:
     """Compare with the record of the checkpoint's run; a remote one's also with that in the local folder ``own``.
 

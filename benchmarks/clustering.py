@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mmts_plugins.clustering import kmeans
-from mmts_plugins.clustering.rows import Rows
+from mmts_plugins.data.rows import Rows
 
 _CENTRES = 2000
 

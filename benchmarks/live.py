@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from mmts_plugins.functional import info_nce
 from mmts_plugins.live import batch_statistics
-from mmts_plugins.presets import INFONCE
 
 EVERY = 100  # --mmts-diagnostics-every's default
 
@@ -45,7 +44,7 @@ def main() -> None:
             info_nce(images, texts, tau).backward()
 
         def measure(images=images, texts=texts, tau=tau, third=third) -> None:
-            batch_statistics(INFONCE, images.detach(), texts.detach(), tau, third)
+            batch_statistics("mmts-infonce", images.detach(), texts.detach(), tau, third)
 
         loss_step(), measure()  # warm
         ratio = statistics.median(cpu_seconds(measure) / cpu_seconds(loss_step) for _ in range(args.rounds))

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmts_plugins.clustering import build, cache, encoders, stability
+from mmts_plugins.clustering import build, stability
 from mmts_plugins.clustering.estimate import Recipe, estimate, resolve
-from mmts_plugins.clustering.rows import caption_hashes
-from mmts_plugins.clustering.sources import Source, read_samples
-from mmts_plugins.presets import PRESETS
+from mmts_plugins.data import cache, encoders
+from mmts_plugins.data.captions import read_samples
+from mmts_plugins.data.source import Source
+from mmts_plugins.hashing import hash_strings
+from mmts_plugins.presets import presets
 
 SETS = {
     "YouCook2": Source("youcook2/descs_cap_train.json"),
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--output", default="stability", help="prefix of the .json and .md files")
     args = parser.parse_args()
     encoder = encoders.TextEncoder(args.encoder)
-    preset = PRESETS["clip-cc3m"]
+    preset = presets()["clip-cc3m"]
     results = []
     for name, source in SETS.items():
         path = args.data / source.data
@@ -57,7 +59,7 @@ def main() -> None:
             print(f"{name}: no file {path}, left out", file=sys.stderr)
             continue
         keys, rows = build.distinct(read_samples(replace(source, data=str(path))).captions)
-        weight, hashes = np.bincount(rows).astype(float), caption_hashes(keys)
+        weight, hashes = np.bincount(rows).astype(float), hash_strings(keys)
         points = cache.embed(encoder.encode, encoder.identity(), keys, name)
         for recipe in RECIPES:
             recipe = resolve(points, replace(recipe, threads=1))

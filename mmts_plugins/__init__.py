@@ -16,13 +16,13 @@ def install() -> None:
     Only needed where the command line does not carry our flags: notebooks, tests, a script that calls a host's
     ``main([...])`` itself. Idempotent. Without ``--loss mmts`` a patched host still behaves as before.
     """
-    from . import registry
+    from .hosts import registry
 
     registry.install_all()
 
 
 def uninstall() -> None:
     """Take every patch out again (those another tool has since wrapped are switched off in place, with a warning)."""
-    from . import registry
+    from .hosts import registry
 
     registry.uninstall_all()

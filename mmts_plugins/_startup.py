@@ -3,9 +3,10 @@
 It looks at the arguments: nothing but ``sys`` and ``os`` is imported unless they ask for us. A run armed here and one
 armed by ``python -m mmts_plugins run`` are the same from then on.
 
-Why it is on by default: without it OpenCLIP reads ``--loss mmts`` as an abbreviation of ``--loss-dist-impl`` and trains
-plain CLIP without a word. For the same reason the functions that read a host's command line are guarded in every
-process: a notebook that calls ``main(["--loss", "mmts"])`` and has not armed us is refused.
+Why it is on by default: without it a host may read ``--loss mmts`` as an abbreviation of a flag of its own, and train
+plain without a word. For the same reason the functions that read such a host's command line are guarded in every
+process: a notebook that calls ``main(["--loss", "mmts"])`` and has not armed us is refused. What there is to know of
+the hosts stands in :mod:`.patches._before`.
 """
 
 from __future__ import annotations
@@ -13,39 +14,23 @@ from __future__ import annotations
 import os
 import sys
 
+from .patches import _before
+
 TYPE_CHECKING = False  # as in _hooks
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, Optional
 
-_HOST_WORDS = ("open_clip_train", "lavila_finetune_mir", "lavila_pretrain")
-# Of hosts whose parser takes --loss for an abbreviation: the function that reads the command line, and what else its
-# module has, where the name alone says nothing.
-_READERS = {
-    "open_clip_train.params": ("parse_args", "parse_args"),
-    "utils.args": ("get_args", "parse_with_config"),
-    "vast_utils.args": ("get_args", "parse_with_config"),
-}
 _started = False
 _guarded = False
-
-
-def _names_host(arguments: Sequence[str]) -> bool:
-    return any(word in argument for argument in arguments for word in _HOST_WORDS) or any(map(_is_vast, arguments))
-
-
-def _is_vast(argument: str) -> bool:
-    """The name of VAST's script, ``run.py``, says nothing by itself."""
-    beside = os.path.join(os.path.dirname(argument), "model", "general_module.py")
-    return argument.endswith("run.py") and os.path.exists(beside)
 
 
 def means_us(value: str) -> bool:
     """Whether a loss of this name is one of ours, or so near to it that nothing else can be meant."""
     letters = "".join(letter for letter in value.lower() if letter.isalnum())
-    if letters.startswith("mm") or "mmts" in letters:
-        return True
     word = value.lower().replace("_", "-").split("-")[0]
+    if "mmts" in letters or word == "mm":
+        return True
     one_off = (
         any(word[:i] + word[i + 1 :] == "mmts" for i in range(len(word))),  # a letter too many
         any("mmts"[:i] + "mmts"[i + 1 :] == word for i in range(4)),  # too few
@@ -67,12 +52,10 @@ def asks_for_us(arguments: Sequence[str]) -> bool:
     for name, value in _pairs(arguments):
         if name.startswith("--mmts-"):
             return True
-        # Hosts abbreviate: --los is read as --loss-dist-impl just as --loss is. In VAST --loss is --loss_type, so there
-        # only what looks like ours asks for us.
-        if name in ("--loss", "--los"):
-            if value[:2].lower() == "mm" or any(word in each for each in arguments for word in _HOST_WORDS):
-                return True
-            if (value[:2] == "mt" or means_us(value)) and any(map(_is_vast, arguments)):
+        if name in ("--loss", "--los"):  # hosts abbreviate: what --los is read as, --loss is too
+            if any(word in each for each in arguments for word in _before.WORDS):
+                return True  # whatever it is: that host is asked what it means
+            if means_us(value) and (value[:2].lower() == "mm" or _starts_host(arguments)):
                 return True
     return False
 
@@ -96,7 +79,7 @@ def guard() -> None:
     _guarded = True
     from . import _hooks
 
-    for module, names in _READERS.items():
+    for module, names in _before.READERS.items():
         if module not in sys.modules:
             _hooks.after_import(module, _guarding(*names))
 
@@ -125,7 +108,7 @@ def _guarding(reader: str, beside: str) -> Callable[[Any], None]:
 
 def _tell_swallowed(module: str, found: str) -> None:
     from .errors import ConfigError
-    from .registry import quiet_excepthook
+    from .hosts.registry import quiet_excepthook
 
     quiet_excepthook()
     raise ConfigError(
@@ -142,7 +125,7 @@ def start() -> None:
     switch = os.environ.get("MMTS")
     arguments = list(getattr(sys, "orig_argv", sys.argv))
     asked = asks_for_us(arguments)
-    wants_help = ("--help" in arguments or "-h" in arguments) and _names_host(arguments)
+    wants_help = ("--help" in arguments or "-h" in arguments) and _starts_host(arguments)
     if _started or not (asked or switch == "1" or (wants_help and switch != "0")):
         return
     _started = True
@@ -151,18 +134,22 @@ def start() -> None:
         _refuse("MMTS=0 switches mmts-plugins off, but the command line asks for it; unset MMTS or drop the flags")
         return
     try:
-        from . import registry
+        from .hosts import registry
 
         registry.install_all()
-        if asked and not _names_host(arguments):
+        if asked and not _starts_host(arguments):
             _tell_broken(arguments)
     except Exception as error:  # an exception here would be printed by site and then ignored
         _refuse(f"mmts-plugins could not start: {type(error).__name__}: {error}")
 
 
+def _starts_host(arguments: Sequence[str]) -> bool:
+    return any(map(_before.is_started_by, arguments))
+
+
 def _tell_broken(arguments: Sequence[str]) -> None:
     """Which adapters of others could not be loaded, where one may be meant: its host would train without us."""
-    from . import registry
+    from .hosts import registry
 
     for each in registry.broken():
         named = any(each.name.lower() in argument.lower() for argument in arguments)
@@ -179,11 +166,9 @@ def _refuse(reason: str) -> None:
     from .errors import one_line
 
     def refuse(module: object) -> None:
-        if hasattr(module, "MMTSMaxMarginRankingLoss"):
-            return  # the MM-TS authors' fork of AVION: flags of our names are its own
-        if "utils" in getattr(module, "__name__", "") and not hasattr(module, "parse_with_config"):
-            return  # a package called utils, and not VAST's
+        if _before.is_foreign(module):
+            return
         raise SystemExit(f"mmts: error: {one_line(reason)}")
 
-    for module in ("open_clip_train.params", "training.params", "avion.losses.losses", "utils.args", "vast_utils.args"):
+    for module in _before.PARSED_IN:
         _hooks.after_import(module, refuse)

@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from importlib import import_module
 from typing import Any, NoReturn, Optional
 
 from . import __version__
+from .commands import COMMANDS
 from .errors import ConfigError, MMTSError, cause, last_resort, one_line, reading, shown
+from .options import split_flags
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -31,11 +33,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if "\0" in word:
                 raise ConfigError(f"an argument holds a NUL character: {shown(word)}")
         if arguments[:1] == ["run"] and arguments[1:2] not in ([], ["-h"], ["--help"]):
-            launched = _launch(arguments[1:], local_rank)  # what follows belongs to the host, flags and all
+            from .launcher import launch
+
+            launched = launch(arguments[1:], local_rank)  # what follows belongs to the host, flags and all
         else:
             try:
                 with reading("the command line", "cannot be understood", ConfigError):
-                    parsed = _parser().parse_args(arguments)
+                    # As a run takes them: a preview's errors are the run's.
+                    flags, rest = split_flags(arguments[1:]) if arguments[:1] == ["schedule"] else ({}, arguments[1:])
+                    arguments = [*arguments[:1], *rest]
+                    parsed = _parser(next((word for word in arguments if word[:1] != "-"), "")).parse_args(arguments)
+                    parsed.flags = flags
                 code = parsed.run(parsed) or 0
             finally:
                 if sys.stdout is not None:
@@ -89,15 +97,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from . import doctor
-    from .clustering import command as cluster
-    from .clustering import stability_command as stability
-    from .compare import command as compare
-    from .demo import command as demo
-    from .evaluation import command as evaluation
-    from .report import command as report
-
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """Of ``mmts``, which knows its commands by name, and one of them whole."""
     parser = _Parser(
         prog="mmts",
         description="MM-TS: temperature and margin schedules for contrastive trainers (arXiv 2603.08202).",
@@ -106,76 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mmts-plugins {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    cluster.add_parser(commands)
-    stability.add_parser(commands)
-    launcher = commands.add_parser(
-        "run",
-        help="start a host with the plugin armed, without the start-up file",
-        usage="mmts run -m MODULE [host flags] | mmts run SCRIPT [host flags]",
-        description="Start a trainer with MM-TS armed, for environments where .pth files are not read. Under torchrun: "
-        "torchrun --nproc_per_node 8 -m -- mmts_plugins run -m open_clip_train.main --loss mmts ...",
-    )
-    launcher.set_defaults(run=lambda _: launcher.print_help())
-    doctor.add_parser(commands)
-    report.add_parsers(commands)
-    demo.add_parser(commands)
-    evaluation.add_parser(commands)
-    compare.add_parser(commands)
+    for name, about in COMMANDS.items():
+        if name == command:
+            import_module(f"{__package__}.commands.{name}").add_parser(commands, about)
+        else:
+            commands.add_parser(name, help=about)
     return parser
-
-
-def _launch(arguments: list[str], local_rank: list[str]) -> Callable[[], object]:
-    """Arm the hosts, and what then becomes the target, as ``python -m`` or ``python SCRIPT`` would; it gets its rank.
-
-    Raises:
-        ConfigError: there is no such target, or it is asked for a schedule that nothing here can apply.
-    """
-    import runpy
-
-    from . import registry
-    from ._startup import asks_for_us
-
-    registry.install_all()
-    as_module = arguments[0] == "-m"
-    if as_module and len(arguments) < 2:
-        raise ConfigError("mmts run -m: which module? For example: mmts run -m open_clip_train.main --loss mmts ...")
-    target, rest = (arguments[1], arguments[2:]) if as_module else (arguments[0], arguments[1:])
-    safe_path = getattr(sys.flags, "safe_path", False)
-    if as_module and not safe_path and not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())  # where `python -m` looks first
-    _check_exists(target, as_module)
-    if asks_for_us(rest) and not any(host.starts(target, as_module) for host in registry.hosts()):
-        known = dict.fromkeys(name for host in registry.hosts() for name in host.start_modules)
-        problems = "".join(f"; {each}" for each in registry.broken())
-        raise ConfigError(
-            f"no adapter for {shown(target)}, so --loss mmts would do nothing; known: {', '.join(known)}{problems}"
-        )
-    sys.argv = [target, *local_rank, *rest]
-    if as_module:
-        return partial(runpy.run_module, target, run_name="__main__", alter_sys=True)
-    if not safe_path:
-        sys.path[0] = os.path.dirname(os.path.realpath(target))  # where `python SCRIPT` looks first
-    return partial(runpy.run_path, target, run_name="__main__")
-
-
-def _check_exists(target: str, as_module: bool) -> None:
-    if not as_module:
-        if not target or "\0" in target or not os.path.exists(target):
-            raise ConfigError(f"mmts run: there is no script {shown(target)}; for a module: mmts run -m MODULE")
-        if os.path.isdir(target) and not os.path.exists(os.path.join(target, "__main__.py")):
-            raise ConfigError(f"mmts run: {shown(target)} is a folder without a __main__.py; give the script in it")
-        return
-    import importlib.util
-
-    try:
-        found = not target.startswith(".") and importlib.util.find_spec(target) is not None
-    except Exception as error:
-        name = error.name if isinstance(error, ModuleNotFoundError) else None
-        if target and (name is None or not f"{target}.".startswith(f"{name}.")):
-            return  # a package around it cannot be imported: Python says so when it runs
-        found = False
-    if not found:
-        raise ConfigError(
-            f"mmts run -m: there is no module {shown(target)} in this environment ({sys.executable}); for a file: "
-            "mmts run SCRIPT"
-        )

@@ -38,7 +38,7 @@ Sizes = TypeVar("Sizes", bound=Union[torch.Tensor, np.ndarray])
 
 
 def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_max: float) -> Sizes:
-    """Cluster sizes to cluster shifts, Eq. 6 of the paper.
+    """Turn cluster sizes into cluster shifts, Eq. 6 of the paper.
 
     ``sh(c) = (K_c - min K) / (max K - min K) * (shift_max - shift_min) + shift_min``
 
@@ -52,6 +52,11 @@ def cluster_shift(sizes: Union[Sizes, Sequence[float]], shift_min: float, shift_
 
     Raises:
         ConfigError: ``sizes`` is empty or not finite, or ``shift_min > shift_max``.
+
+    Examples:
+        >>> from mmts_plugins.clusters import cluster_shift
+        >>> cluster_shift([100, 20, 60], shift_min=0.05, shift_max=0.10).round(3)
+        array([0.1  , 0.05 , 0.075])
     """
     if not shift_min <= shift_max:
         raise ConfigError(f"shift_min {shift_min} is above shift_max {shift_max} (--mmts-shift-min, --mmts-shift-max)")
@@ -130,7 +135,19 @@ class ClusterTable:
         kind: str = CAPTION,
         info: Optional[dict[str, Any]] = None,
     ) -> ClusterTable:
-        """A table from plain columns, see the attributes of the class."""
+        """Make a table from plain columns, see the attributes of the class.
+
+        Examples:
+            >>> from mmts_plugins.clusters import ClusterTable
+            >>> captions = ["a dog", "a puppy", "a theremin"]
+            >>> table = ClusterTable.build(captions, cluster=[0, 0, 1], frequency=[40, 40, 2], count=[30, 10, 2])
+            >>> table.sizes
+            array([40,  2])
+            >>> table.shifts(0.05, 0.10)
+            array([0.1 , 0.1 , 0.05])
+            >>> table.rows_of(["a theremin", "never seen"])
+            array([ 2, -1])
+        """
         array = keys if isinstance(keys, pa.Array) else pa.array(keys, pa.large_string())
         return cls(
             array.cast(pa.large_string()),
@@ -172,12 +189,12 @@ class ClusterTable:
         return longer_keys([], self.keys)
 
     def probes(self, many: int) -> list[str]:
-        """Some keys, spread over the table."""
+        """Return some keys, spread over the table."""
         rows = np.linspace(0, len(self) - 1, min(many, len(self))).astype(np.int64)
         return cast(list[str], self.keys.take(rows).to_pylist())
 
     def has_hash(self, stated: object) -> bool:
-        """Whether what a run recorded is this table's hash, of today or of format 1."""
+        """Tell whether what a run recorded is this table's hash, of today or of format 1."""
         return stated == self.content_hash or stated == self.legacy_hash
 
     @property
@@ -198,11 +215,11 @@ class ClusterTable:
         return Summary(low, high, mean, *self.third_means(self.frequency), *self.third_borders())
 
     def shifts(self, shift_min: float, shift_max: float) -> np.ndarray:
-        """``[M]`` float64: Eq. 6 for every key, with the minimum and maximum over the whole table."""
+        """Apply Eq. 6 to every key, with the minimum and maximum over the whole table: ``[M]`` float64."""
         return cluster_shift(self.frequency, shift_min, shift_max)
 
     def third_means(self, values: np.ndarray) -> tuple[float, float, float]:
-        """Means of ``values`` (``[M]``, one per key) over the head, middle and tail third of the training samples.
+        """Average ``values`` (``[M]``, one per key) over the head, middle and tail third of the training samples.
 
         Samples are ranked by ``frequency``; a key whose samples lie across a border counts to both sides in proportion.
         """
@@ -215,18 +232,18 @@ class ClusterTable:
         return means[0], means[1], means[2]
 
     def rows_of(self, keys: Sequence[str]) -> np.ndarray:
-        """``[n]`` int64: the row of each key, -1 where the table does not have it."""
+        """Find the row of each key: ``[n]`` int64, -1 where the table does not have it."""
         found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self.keys)
         return cast(np.ndarray, found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64))
 
     def third_borders(self) -> tuple[float, float]:
-        """The lowest frequency of the head and of the middle, as in :meth:`thirds`; infinite where nothing is."""
+        """Return the lowest frequency of the head and of the middle, see :meth:`thirds`; infinite where nothing is."""
         distinct = np.unique(self.frequency)
         third = self.thirds(distinct)
         return tuple(float(distinct[third <= last].min(initial=np.inf)) for last in (0, 1))  # type: ignore[return-value]
 
     def thirds(self, frequency: np.ndarray) -> np.ndarray:
-        """To which third of the training samples, ranked by frequency, samples as common as ``frequency`` belong.
+        """Tell to which third of the training samples, ranked by frequency, samples as common as ``frequency`` belong.
 
         Args:
             frequency: ``[n]``, of any samples, evaluated ones for example.
@@ -323,7 +340,7 @@ class ContentHash:
         self._columns = {name: hashlib.blake2b(digest_size=16) for name in ("length", *COLUMNS)}
 
     def add(self, columns: Mapping[str, Any]) -> None:
-        """The next rows: ``key`` an Arrow array of large strings, the others NumPy arrays."""
+        """Take in the next rows: ``key`` an Arrow array of large strings, the others NumPy arrays."""
         self._columns["length"].update(_lengths(columns["key"]))
         self._columns["key"].update(_text(columns["key"]))
         for name in ("cluster", "frequency", "count"):
@@ -337,7 +354,7 @@ class ContentHash:
 
 
 def legacy_hash(kind: str, pieces: Callable[[str], Iterable[Any]]) -> str:
-    """The content hash of format 1: all lengths of keys, all keys, all clusters, all frequencies. No counts.
+    """Compute the content hash of format 1: lengths of keys, keys, clusters, frequencies, each of all rows. No counts.
 
     Args:
         kind: of the keys.
@@ -373,7 +390,7 @@ def _bytes(name: str, numbers: np.ndarray) -> memoryview:
 
 
 def longer_keys(longest: list[str], keys: pa.Array) -> list[str]:
-    """The longest of some keys (see :attr:`ClusterTable.longest`) and more keys."""
+    """Pick the longest of some keys (see :attr:`ClusterTable.longest`) and more keys."""
     lengths = pc.binary_length(keys).to_numpy(zero_copy_only=False)
     if len(longest) == _LONGEST and lengths.max(initial=0) <= len(longest[-1].encode()):
         return longest
@@ -386,7 +403,7 @@ def longer_keys(longest: list[str], keys: pa.Array) -> list[str]:
 
 
 def table_files(source: Path) -> list[Path]:
-    """The Parquet files of a table, in order.
+    """List the Parquet files of a table, in order.
 
     Raises:
         TableError: there are none.
@@ -408,7 +425,7 @@ def table_files(source: Path) -> list[Path]:
 
 @contextmanager
 def opened(part: PathLike) -> Iterator[pq.ParquetFile]:
-    """A part of a table. Whatever goes wrong while it is read is a TableError that names it."""
+    """Open a part of a table. Whatever goes wrong while it is read is a TableError that names it."""
     with reading(part, "not a readable Parquet file (truncated or foreign?)", TableError):
         # Through a file of Python's, which takes names that are not UTF-8.
         with open(part, "rb") as file, pq.ParquetFile(file) as parquet:
@@ -429,12 +446,12 @@ def _check_names(part: PathLike, names: Sequence[str]) -> None:
 
 
 def columns_of(parquet: pq.ParquetFile) -> list[str]:
-    """Those columns of a table that a file has: all, or all but ``count``."""
+    """Name those columns of a table that a file has: all, or all but ``count``."""
     return [name for name in COLUMNS if name in parquet.schema_arrow.names]
 
 
 def read_columns(part: PathLike, table: Union[pa.Table, pa.RecordBatch], names: Iterable[str]) -> dict[str, pa.Array]:
-    """Those columns that are there, each one array of its type in :data:`COLUMNS`.
+    """Read those columns that are there, each one array of its type in :data:`COLUMNS`.
 
     Raises:
         TableError: one is of a type that does not fit, has empty cells, or holds text that is not UTF-8.
@@ -488,7 +505,7 @@ _OF_A_RUN = ("created", "versions")  # a killed run that goes on has others
 
 
 def part_info(schema: pa.Schema, part: PathLike) -> dict[str, Any]:
-    """The metadata that a part of a table carries; empty where another tool wrote it.
+    """Read the metadata that a part of a table carries; empty where another tool wrote it.
 
     Raises:
         TableError: they are damaged, or of a newer release.
@@ -522,7 +539,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def whole_info(source: Path, files: Sequence[Path], infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What all parts of a table state alike.
+    """Return what all parts of a table state alike.
 
     Raises:
         TableError: they are not the parts of one table, or not all of them.
@@ -605,7 +622,7 @@ def check_numbers(source: object, cluster: np.ndarray, frequency: np.ndarray, co
 
 
 def samples_of(source: object, count: np.ndarray, before: int = 0) -> int:
-    """``before`` and the sum of ``count``. Raises a TableError for more samples than add up exactly."""
+    """Add ``before`` and ``count``. Raises a TableError for more samples than add up exactly."""
     roughly = before + float(count.sum(dtype=np.float64))  # whole numbers would wrap around
     samples = before + int(count.sum()) if roughly < 2 * _MOST else 2 * _MOST
     if samples > _MOST:

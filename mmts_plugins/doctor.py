@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    problems = _environment() + _hosts()
+    problems = _environment() + _hosts() + _losses()
     if args.clusters:
         problems += _table(args.clusters)
     print(f"\n{problems} problem(s) found" if problems else "\nno problem found")
@@ -66,7 +66,7 @@ def _version(distribution: str) -> str:
 
 
 def _hosts() -> int:
-    from . import registry
+    from .hosts import registry
 
     problems = found = 0
     for host in registry.hosts():
@@ -86,6 +86,19 @@ def _hosts() -> int:
     for each in broken:
         _line("PROBLEM", str(each))
     return problems + len(broken)
+
+
+def _losses() -> int:
+    from . import losses
+    from .losses.kind import broken
+
+    print("losses")
+    wrong = broken()
+    for problem in wrong:
+        _line("PROBLEM", problem)
+    bad = [name for name in losses.names() if any(f"the loss {name} " in problem for problem in wrong)]
+    _line("ok", ", ".join(name for name in losses.names() if name not in bad))
+    return len(wrong)
 
 
 def _host(host: Any) -> tuple[bool, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,12 @@ def shown(value: Any) -> str:
         return one_line(_Bounded().repr(value))
     except Exception:  # a value whose own repr fails is still to be named
         return f"<{type(value).__name__}>"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names that were found, for a message: at most ten of them."""
+    found = ", ".join(shown(name if len(name) <= 60 else name[:57] + "...") for name in names[:10])
+    return found + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
-    """InfoNCE in both directions with one temperature per row (paper, Eqs. 10-12 with tau_i of Eq. 8).
+    """Compute InfoNCE in both directions with one temperature per row (paper, Eqs. 10-12 with tau_i of Eq. 8).
 
     Row ``i`` of the image-to-text and of the text-to-image similarities is divided by ``temperature[i]``; the loss is
     the mean of the two cross-entropies.
@@ -68,6 +68,16 @@ def info_nce(
 
     Returns:
         A scalar.
+
+    Examples:
+        >>> import torch
+        >>> from mmts_plugins.functional import info_nce
+        >>> images = torch.eye(3)  # three pairs: the texts of the first two are alike
+        >>> texts = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+        >>> info_nce(images, texts, temperature=torch.tensor([0.1, 0.1, 0.1]))
+        tensor(0.0848)
+        >>> info_nce(images, texts, temperature=torch.tensor([0.2, 0.1, 0.1]))  # the first is of a common concept
+        tensor(0.1513)
     """
     return rank_info_nce(
         image_features, text_features, temperature, 0, 1, label_smoothing=label_smoothing, memory_budget=memory_budget
@@ -85,7 +95,7 @@ def rank_info_nce(
     label_smoothing: float = 0.0,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
-    """InfoNCE over all ranks from this rank's ``[n, D]`` features and ``[n]`` temperatures; every rank must call it."""
+    """Compute InfoNCE over all ranks from this rank's ``[n, D]`` features, ``[n]`` temperatures; all must call it."""
     local = local_loss or world_size == 1
     scale = 1.0 / temperature.to(_tiles.precision(image_features))
     pull = 1.0 - label_smoothing
@@ -103,7 +113,7 @@ def rank_info_nce(
 
 
 def max_margin(image_features: Tensor, text_features: Tensor, margin: Tensor, normalize: bool = False) -> Tensor:
-    """Max-margin ranking in both directions with one margin per row (paper, Eq. 3 with m = tau_i of Eq. 8).
+    """Compute max-margin ranking in both directions with one margin per row (paper, Eq. 3 with m = tau_i of Eq. 8).
 
     With ``s`` the text-by-image similarities, the mean over all ``2 n (n - 1)`` hinges
     ``relu(margin_i - s_ii + s_ij)`` and ``relu(margin_i - s_ii + s_ji)``, ``j != i``. A single pair has no negative:
@@ -116,6 +126,16 @@ def max_margin(image_features: Tensor, text_features: Tensor, margin: Tensor, no
 
     Returns:
         A scalar.
+
+    Examples:
+        >>> import torch
+        >>> from mmts_plugins.functional import max_margin
+        >>> images = torch.eye(3)  # three pairs: the texts of the first two are alike
+        >>> texts = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+        >>> max_margin(images, texts, margin=torch.tensor([0.3, 0.3, 0.3]))
+        tensor(0.0333)
+        >>> max_margin(images, texts, margin=torch.tensor([0.4, 0.3, 0.3]))  # the first is of a common concept
+        tensor(0.0500)
     """
     return rank_max_margin(image_features, text_features, margin, 0, 1, normalize=normalize)
 
@@ -129,7 +149,7 @@ def rank_max_margin(
     gather_with_grad: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    """Max-margin over all ranks; every rank returns the loss of all rows, as the authors have it."""
+    """Compute max-margin over all ranks; every rank returns the loss of all rows, as the authors have it."""
     margin = margin.to(_tiles.precision(image_features))
     loss: Tensor = _MaxMargin.apply(
         image_features, text_features, margin, normalize, rank, world_size, gather_with_grad

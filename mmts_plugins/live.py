@@ -21,7 +21,7 @@ from .config import THIRDS
 from .distributed import gather_rows
 from .errors import cause, one_line
 from .functional import full_precision
-from .presets import INFONCE
+from .losses import kind
 from .runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def batch_statistics(
     """How this rank's anchors stand among the whole batch.
 
     Args:
-        loss: ``mmts-infonce`` or ``mmts-max-margin``.
+        loss: its name, such as ``mmts-infonce``.
         image_features, text_features: ``[n, D]`` of this rank, pairs by row, of any length; on every rank ``n`` alike.
         temperature: ``[n]``, or margins.
         third: ``[n]`` 0, 1 or 2: head, middle or tail.
@@ -56,8 +56,7 @@ def batch_statistics(
         ``positive_similarity``, ``negative_similarity`` and their ``similarity_gap``; ``alignment`` (mean squared
         distance of a pair) and ``uniformity`` (log of the mean Gaussian potential within each modality, averaged over
         the two, of at most 1,024 samples) of Wang & Isola, ICML 2020; ``modality_gap`` (distance of the two means;
-        Liang et al., NeurIPS 2022); for InfoNCE ``equilibrium``, the ratio of the numerator to the denominator of Eq. 1
-        of Sun & Li, TMLR 2024 (positive pair to negative pairs), averaged as a logarithm: 1 where that loss is zero.
+        Liang et al., NeurIPS 2022); and what the loss itself has to show (:meth:`.losses.LossKind.statistics`).
     """
     images, texts = (F.normalize(full_precision(rows), dim=-1) for rows in (image_features, text_features))
     all_images, all_texts = (rows if world_size == 1 else gather_rows(rows, world_size) for rows in (images, texts))
@@ -65,7 +64,7 @@ def batch_statistics(
     tau = temperature.to(images.dtype)
     positive = (images * texts).sum(1)
     own = torch.arange(n, device=images.device) + rank * n
-    losses, equilibria = [], []
+    measured: list[dict[str, Tensor]] = []
     for start in range(0, n, _BLOCK):
         rows = slice(start, start + _BLOCK)
         column = own[rows, None]
@@ -74,17 +73,9 @@ def batch_statistics(
             (anchors[rows] @ others.T).scatter(1, column, -math.inf)
             for anchors, others in ((images, all_texts), (texts, all_images))
         ]
-        if loss == INFONCE:
-            own_logit = (positive[rows] / tau[rows])[:, None]
-            logits = [block / tau[rows, None] for block in negatives]
-            each = [torch.logsumexp(torch.cat([own_logit, block], 1), 1) - own_logit[:, 0] for block in logits]
-            losses.append((each[0] + each[1]) / 2)
-            equilibria.append(own_logit[:, 0] - torch.logsumexp(torch.cat(logits, 1), 1))
-        else:
-            threshold = (positive[rows] - tau[rows])[:, None]
-            hinges = torch.stack([(block - threshold).relu().sum(1) for block in negatives]).sum(0)
-            losses.append(hinges / max(1, 2 * (total - 1)))
-    per_anchor = torch.cat(losses)
+        measured.append(kind(loss).anchors(positive[rows], negatives, tau[rows]))
+    anchors = {name: torch.cat([each[name] for each in measured]) for name in measured[0]}
+    per_anchor = anchors["loss"]
     found = {f"loss_{name}": per_anchor[third == number].mean() for number, name in enumerate(THIRDS)}
     # The mean over all pairs is the product of the means: no similarity is formed for it.
     means = all_images.mean(0), all_texts.mean(0)
@@ -98,9 +89,7 @@ def batch_statistics(
         "uniformity": (_uniformity(all_images) + _uniformity(all_texts)) / 2,
         "modality_gap": torch.linalg.vector_norm(means[0] - means[1]),
     }
-    if equilibria:
-        found["equilibrium"] = torch.cat(equilibria).mean().exp()
-    return found
+    return found | kind(loss).statistics(anchors)
 
 
 def _uniformity(features: Tensor) -> Tensor:
@@ -144,7 +133,7 @@ class Meter:
             "hit_rate": 1 - misses / samples,
             "phase": runtime.schedule.phase(runtime.step),
         }
-        if runtime.config.loss == INFONCE:
+        if not runtime.config.kind.is_margin:
             values["scale_mean"] = 1 / values["tau_mean"]
         return values
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ._files import cache_folder, cached, keep, mapped, one_at_a_time, replacing_folder, sealing, writing
 from .clusters import CAPTION, ClusterTable
 from .errors import MMTSError, TableError, reading
+from .hashing import hash_strings
 from .large import LargeTable
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ _PARALLEL_FROM = 100_000
 _PROBES = 512  # captions that tell tokenizers apart, beside the longest
 _AGAIN = 8  # every eighth of them, and the longest, are tokenized twice
 _REPEATED, _REPEATS = 8, 32  # and these of the longest so many times more: one draw of two comes out alike often
+_NO_PAD = -1  # strings hashed as tokens are not filled up
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64, as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -121,18 +123,26 @@ class TokenLookup:
 
 
 class KeyLookup:
-    """Finds a key of the cluster table, a caption or a clip id, by its text: nine to twelve bytes per key, on the CPU.
+    """Finds a key of the cluster table, a caption, a class or a clip id, by its text, on the CPU.
 
+    Nine to twelve bytes per key; ten, mapped from the cache and shared by a node's ranks, of a large table.
     Keys are compared by 64 bits of BLAKE2b: among ``n`` about ``n^2 / 2^65`` pairs collide, 3e-7 for CC3M.
 
     Attributes:
-        frequencies: ``[U]`` distinct frequencies of the table, float64.
+        frequencies: ``[U]`` distinct frequencies of the table (of a large one, its levels), float64.
         missing: ``U``, the index of a key that is not in the table.
     """
 
-    def __init__(self, table: ClusterTable) -> None:
+    def __init__(self, table: Union[ClusterTable, LargeTable]) -> None:
+        self._hash: Callable[[Sequence[str]], np.ndarray] = hash_strings
+        if isinstance(table, LargeTable):
+            self._hash = _hash_as_tokens
+            self.frequencies = table.levels
+            self.missing = len(self.frequencies)
+            self._hashes, self._codes = _mapped_index(table, _as_tokens, _NO_PAD, _key(table, _as_tokens, _NO_PAD))
+            return
         hashes = np.concatenate(
-            [_hash_strings(table.keys.slice(start, _CHUNK).to_pylist()) for start in range(0, len(table), _CHUNK)]
+            [hash_strings(table.keys.slice(start, _CHUNK).to_pylist()) for start in range(0, len(table), _CHUNK)]
         )
         self.frequencies, code = np.unique(table.frequency, return_inverse=True)
         self.missing = len(self.frequencies)
@@ -142,15 +152,18 @@ class KeyLookup:
 
     def __call__(self, keys: Sequence[str]) -> np.ndarray:
         """``n`` keys to ``[n]`` int64 indices into :attr:`frequencies`; :attr:`missing` where unknown."""
-        wanted = _hash_strings(keys)
+        wanted = self._hash(keys)
         place = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
         return np.where(self._hashes[place] == wanted, self._codes[place].astype(np.int64), self.missing)
 
 
-def _hash_strings(keys: Sequence[str]) -> np.ndarray:
-    # surrogatepass: JSON may hold half a character, which no table does.
-    digests = b"".join(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, np.uint64)
+def _as_tokens(keys: Sequence[str]) -> Tensor:
+    """Keys as rows of four numbers, so that a large table is indexed by them as it is by a host's tokens."""
+    return torch.from_numpy(hash_strings(keys).view(np.uint16).astype(np.int64)).view(-1, 4)
+
+
+def _hash_as_tokens(keys: Sequence[str]) -> np.ndarray:
+    return hash_tokens(_as_tokens(keys), _NO_PAD).numpy()
 
 
 def _key(table: Union[ClusterTable, LargeTable], tokenizer: Tokenizer, pad_id: int) -> str:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from . import adapters
+from . import losses
 from ._files import PathLike
-from .clusters import CAPTION, ClusterTable
-from .config import Config, merge
+from .clusters import CAPTION, ClusterTable, cluster_shift
+from .config import Config
+from .data.classes import load_table
 from .errors import ConfigError, TableError, shown
-from .presets import MAX_MARGIN, PRESETS
+from .losses import LossKind
+from .presets import presets
 from .schedule import CosineSchedule
+
+if TYPE_CHECKING:
+    from .hosts.adapter import Adapter, Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Plan:
 
     values: dict[str, Any]
     total_steps: int
-    table: Optional[ClusterTable] = None
+    table: Optional[Table] = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -46,15 +49,16 @@ class Plan:
         _ = self.schedule
 
     @classmethod
-    def of_preset(cls, name: str, total_steps: int, table: Optional[ClusterTable] = None, **changes: float) -> Plan:
+    def of_preset(cls, name: str, total_steps: int, table: Optional[Table] = None, **changes: float) -> Plan:
         """A preset of the paper with some of its values changed.
 
         Raises:
             ConfigError: there is no such preset.
         """
-        if name not in PRESETS:
-            raise ConfigError(f"unknown preset {shown(name)}; choose from {', '.join(PRESETS)}")
-        return cls({**PRESETS[name]._asdict(), "preset": name, **changes}, total_steps, table, name)
+        known = presets()
+        if name not in known:
+            raise ConfigError(f"unknown preset {shown(name)}; choose from {', '.join(known)}")
+        return cls({**known[name]._asdict(), "preset": name, **changes}, total_steps, table, name)
 
     @cached_property
     def schedule(self) -> CosineSchedule:
@@ -65,9 +69,9 @@ class Plan:
         return CosineSchedule(amplitude, self.total_steps / values["num_oscillations"] if period is None else period)
 
     @property
-    def is_margin(self) -> bool:
-        """Whether the numbers are margins (max-margin) and not temperatures."""
-        return bool(self.values["loss"] == MAX_MARGIN)
+    def kind(self) -> LossKind:
+        """The loss that it schedules."""
+        return losses.kind(self.values["loss"])
 
     @cached_property
     def shifts(self) -> dict[str, float]:
@@ -82,9 +86,10 @@ class Plan:
             return {"all": (low + high) / 2}
         if self.table is None:
             return {"rarest": low, "middle": (low + high) / 2, "most common": high}
-        per_key = self.table.shifts(low, high)
-        head, middle, tail = self.table.third_means(per_key)
-        return {"rarest": per_key.min(), "tail": tail, "middle": middle, "head": head, "most common": per_key.max()}
+        about = self.table.summary
+        frequencies = np.array([about.low, about.tail, about.middle, about.head, about.high])
+        shifts = cluster_shift(frequencies, low, high).tolist()
+        return dict(zip(("rarest", "tail", "middle", "head", "most common"), shifts))
 
     @cached_property
     def extremes(self) -> dict[str, int]:
@@ -102,14 +107,14 @@ class Plan:
     def problem(self) -> Optional[str]:
         """The guard that these values break, as a run would say it at its start; ``None`` where it would start."""
         try:
-            Config(**{**self._all, "clusters": self._all["clusters"] or "clusters.parquet"})
+            Config.of(self._all)
         except ConfigError as error:
             return str(error)
         return None
 
     @cached_property
     def _all(self) -> dict[str, Any]:
-        values = {field.name: field.default for field in fields(Config)} | self.values
+        values = {field.name: field.default for field in fields(Config) if field.default is not MISSING} | self.values
         if self.values.get("period") is not None:
             values["num_oscillations"] = None
         return values
@@ -121,8 +126,6 @@ def read_table(path: PathLike) -> ClusterTable:
     Raises:
         TableError: it cannot be read as what its name says.
     """
-    from .adapters.avion import load_table
-
     return load_table(str(path))
 
 
@@ -142,7 +145,7 @@ def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[Clus
         return None, "the run uses no shifts"
     if name is None:
         return None, "the run counted its classes in its own annotation file"
-    folders = [Path(), *Path(beside).resolve().parents[:4]]
+    folders = [Path(), *Path(beside).resolve().parents][:5]
     found = next((path for folder in folders if (path := folder / name).exists()), None)
     if found is None:
         return None, f"{name} is not found from here"
@@ -155,59 +158,29 @@ def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[Clus
     return table, ""
 
 
-def host_names() -> list[str]:
-    """The hosts that have an adapter."""
-    return sorted(module.name for module in pkgutil.iter_modules(adapters.__path__))
-
-
-def resolve_for(
-    host: str, flags: dict[str, Any], train_metadata: Optional[str] = None, with_table: bool = True
-) -> tuple[Config, Optional[ClusterTable]]:
-    """The configuration and the table that ``host``'s adapter would make of these flags.
-
-    Args:
-        host: one of :func:`host_names`.
-        flags: ours, from :func:`mmts_plugins.config.split_flags`.
-        train_metadata: the annotation file of a host that counts classes itself.
-        with_table: load the table; otherwise there is none, as while it is still to be made.
+def adapter_of(host: str) -> Adapter:
+    """The conventions of a host.
 
     Raises:
-        ConfigError, TableError: what would stop the run.
+        ConfigError: there is no such host; those that are known are named.
     """
-    if host not in host_names():
-        raise ConfigError(f"--host {shown(host)} has no adapter; choose from {', '.join(host_names())}")
-    adapter = import_module(f"{adapters.__name__}.{host}")
-    defaults = getattr(adapter, "DEFAULTS", {})
-    config = Config(**merge(flags, adapter.FAMILY, adapter.DEFAULT_PRESETS, defaults))
-    counts_classes = "distribution" in defaults
-    if not counts_classes and train_metadata is not None:
-        raise ConfigError(f"--train-metadata is for AVION's classes; {host} takes --mmts-clusters")
-    if config.no_shifts or not with_table:
-        return config, None
-    if config.clusters is not None:
-        return config, getattr(adapter, "load_table", _captions)(config.clusters)
-    if train_metadata is None:
-        return config, None
-    assert config.distribution is not None
-    return config, adapter.count_classes(train_metadata, config.distribution)
+    from .hosts.registry import adapters
+
+    known = {adapter.name: adapter for adapter in adapters()}
+    if host not in known:
+        raise ConfigError(f"--host {shown(host)} has no adapter; choose from {', '.join(sorted(known))}")
+    return known[host]
 
 
-def _captions(path: str) -> ClusterTable:
-    table = ClusterTable.load(path)
-    if table.kind != CAPTION:
-        raise TableError(f"{path}: a table of {table.kind} ids, but this host finds its samples by caption")
-    return table
-
-
-def describe(plan: Plan, host: str) -> str:
+def describe(plan: Plan, adapter: Adapter) -> str:
     """What ``mmts schedule`` prints: the configuration, the table, and the temperatures at the extremes."""
-    return "\n".join([*_facts(plan, host), "", *_temperatures(plan)])
+    return "\n".join([*_facts(plan, adapter), "", *_temperatures(plan)])
 
 
-def _facts(plan: Plan, host: str) -> list[str]:
+def _facts(plan: Plan, adapter: Adapter) -> list[str]:
     table = plan.table
     elsewhere = ("clusters", "num_oscillations", "period")
-    facts = [("host", host)]
+    facts = [("host", adapter.name)]
     facts += [
         (name, _shown(value))
         for name, value in plan.values.items()
@@ -217,12 +190,12 @@ def _facts(plan: Plan, host: str) -> list[str]:
         things = "captions" if table.kind == CAPTION else "classes"
         facts += [
             ("clusters", table.source),
-            ("", f"{len(table):,} {things} in {len(table.sizes):,} clusters, {table.count.sum():,} samples"),
-            ("", f"frequency {table.frequency.min():g} to {table.frequency.max():g}, hash {table.content_hash}"),
+            ("", f"{len(table):,} {things} in {table.clusters:,} clusters, {table.samples:,} samples"),
+            ("", f"frequency {table.summary.low:g} to {table.summary.high:g}, hash {table.content_hash}"),
         ]
     elif not plan.values["no_shifts"]:
         given = plan.values.get("clusters")
-        counted = "counted in the run's --train-metadata; give it here too to see the thirds"
+        counted = f"counted in the run's {adapter.counted_in}; give it here too to see the thirds"
         facts.append(("clusters", f"{given}, not looked at" if given else counted))
     steps, period = plan.total_steps, plan.schedule.period
     if plan.schedule.alpha:
@@ -234,7 +207,7 @@ def _facts(plan: Plan, host: str) -> list[str]:
 
 def _temperatures(plan: Plan) -> list[str]:
     names = list(plan.shifts)
-    head = ["margin" if plan.is_margin else "temperature", "step", "base", *names]
+    head = [plan.kind.number, "step", "base", *names]
     rows: list[Sequence[str]] = [head]
     for name, step in plan.extremes.items():
         base = plan.schedule.offset(step)

@@ -12,7 +12,6 @@ from torch import Tensor
 from .clusters import ClusterTable, cluster_shift
 from .config import Config
 from .large import LargeTable
-from .presets import MAX_MARGIN
 from .schedule import CosineSchedule
 
 _SAME = 1e-6  # of the range of shifts: what float32 makes of the same shift
@@ -107,7 +106,7 @@ class Runtime:
     def describe(self) -> str:
         """The banner: what runs, in one line."""
         config = self.config
-        what = "margin" if config.loss == MAX_MARGIN else "temperature"
+        what = config.kind.number
         steps = f"{self.total_steps} steps, period {self.schedule.period:g}"
         shifts = "no shifts" if config.no_shifts else f"shifts {config.shift_min:g} to {config.shift_max:g}"
         schedule = "no schedule" if config.no_schedule else f"alpha {config.alpha:g} over {steps}"

@@ -18,6 +18,14 @@ class CosineSchedule:
 
     Raises:
         ConfigError: ``alpha`` is negative, ``period`` is not positive, or either is not finite.
+
+    Examples:
+        >>> from mmts_plugins.schedule import CosineSchedule
+        >>> schedule = CosineSchedule(alpha=0.04, period=1200)
+        >>> [round(schedule.offset(step), 4) for step in (0, 300, 600, 1200)]
+        [0.02, 0.0, -0.02, 0.02]
+        >>> schedule.phase(1500)
+        0.25
     """
 
     alpha: float
@@ -32,9 +40,9 @@ class CosineSchedule:
             )
 
     def offset(self, step: float) -> float:
-        """``tau_base`` at an optimizer step (zero-based); in ``[-alpha/2, alpha/2]``."""
+        """Return ``tau_base`` at an optimizer step (zero-based); in ``[-alpha/2, alpha/2]``."""
         return self.alpha * math.cos(2.0 * math.pi * (step / self.period)) / 2.0
 
     def phase(self, step: float) -> float:
-        """Position inside the current period, in ``[0, 1)``."""
+        """Return the position inside the current period, in ``[0, 1)``."""
         return (step / self.period) % 1.0

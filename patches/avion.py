@@ -25,13 +25,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Optional
 
 from .._startup import asks_for_us
-from ..config import flag_parser, split_flags
-from ..errors import ConfigError
-from ..registry import hookimpl
-from ._target import Host, Seam
+from ..errors import ConfigError, SeamError
+from ..hosts.host import Host, Seam
+from ..hosts.registry import hookimpl
+from ..options import flag_parser, split_flags
 
 if TYPE_CHECKING:
-    from ..adapters.avion import Run
+    from ..adapters.avion import Job, Run
+    from ..hosts.adapter import Adapter
 
 FINETUNING, PRETRAINING = "main_lavila_finetune_mir", "main_lavila_pretrain"
 _SUBMITTED = {
@@ -41,7 +42,7 @@ _SUBMITTED = {
 _SCRIPTS = {f"{FINETUNING}.py": FINETUNING, f"{PRETRAINING}.py": PRETRAINING, **_SUBMITTED}
 _FORK = "MMTSMaxMarginRankingLoss"
 
-_run: Optional[Run] = None
+_job: Optional[Job] = None
 _travelling: Optional[Travelling] = None
 
 
@@ -66,9 +67,15 @@ def _arrive(script: str, flags: dict[str, Any]) -> Travelling:
     return _travelling
 
 
+def _adapters() -> Sequence[Adapter]:
+    from ..adapters import avion
+
+    return avion.FINETUNING, avion.PRETRAINING
+
+
 def _take_flags(module: ModuleType) -> None:
-    global _run, _travelling
-    _run = None
+    global _job, _travelling
+    _job = None
     script = os.path.basename(sys.argv[0])
     if hasattr(module, _FORK):
         if os.environ.get("RANK", "0") == "0":
@@ -80,16 +87,17 @@ def _take_flags(module: ModuleType) -> None:
             )
         return
     if script in _SCRIPTS and {"-h", "--help"} & set(sys.argv):
-        print(flag_parser().format_help())
+        print(flag_parser(_adapters()[0].options).format_help())
         return
     ours = _travelling or _own_flags(script)
     if ours is None:
         return
     if script in _SUBMITTED:
         _travelling = ours
-    from ..adapters.avion import Run
+    from ..adapters.avion import Job
 
-    _run = Run(ours.flags, HOST.version(), ours.script == PRETRAINING)
+    finetuning, pretraining = _adapters()
+    _job = Job(pretraining if ours.script == PRETRAINING else finetuning, ours.flags, HOST.version())
 
 
 def _own_flags(script: str) -> Optional[Travelling]:
@@ -116,9 +124,9 @@ def _get_args_parser(original: Callable[..., Any]) -> Any:
 
 def _init_distributed_mode(original: Callable[..., Any], args: Any) -> Any:
     result = original(args)
-    if _run is not None:
+    if _job is not None:
         HOST.tell_wrappers()
-        _run.begin(args)
+        _job.begin(args)
     return result
 
 
@@ -148,9 +156,9 @@ def _restored(rows: Any) -> _Rows:
 
 def _dataset_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
-    if _run is None or not self.is_training:
+    if _job is None or not self.is_training:
         return
-    rows = _run.find(self)
+    rows = _job.find(self)
     if rows is not None:
         self._mmts_rows = _Rows(rows)
 
@@ -162,53 +170,57 @@ def _dataset_getitem(original: Callable[..., Any], self: Any, i: int) -> Any:
 
 
 def _model_forward(original: Callable[..., Any], self: Any, image: Any, text: Any) -> Any:
-    if _in_training():
-        assert _run is not None
-        _run.see(text)
+    run = _training_run()
+    if run is not None:
+        run.see(text)
     return original(self, image, text)
 
 
 def _cosine_scheduler(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     schedule = original(*args, **kwargs)
-    if _run is None:
+    if _job is None:
         return schedule
     from ..adapters.avion import ToldSchedule
 
-    _run.prepare(len(schedule))
-    return ToldSchedule.of(schedule, _run.set_step)
+    return ToldSchedule.of(schedule, _job.start(len(schedule)).at_step)
 
 
 def _progress_init(
     original: Callable[..., Any], self: Any, num_batches: int, meters: Sequence[Any], prefix: str = ""
 ) -> None:
-    original(self, num_batches, meters if _run is None else _run.meters(num_batches, meters, prefix), prefix)
+    original(self, num_batches, meters if _job is None else _job.meters(num_batches, meters, prefix), prefix)
 
 
-def _in_training() -> bool:
-    return _run is not None and bool(sys.modules["torch"].is_grad_enabled())
+def _training_run() -> Optional[Run]:
+    """Ours, in a training step; there it must have started by now."""
+    if _job is None or not sys.modules["torch"].is_grad_enabled():
+        return None
+    if _job.run is None:
+        raise SeamError(f"AVION {HOST.version()}: a training step before the length of the run was known: no clock")
+    return _job.run
 
 
 def _max_margin(
     original: Callable[..., Any], self: Any, image_features: Any, text_features: Any, weight: Any = None
 ) -> Any:
     """Called with the batch's last item, which carries our tags."""
-    if not _in_training():
+    run = _training_run()
+    if run is None:
         return original(self, image_features, text_features, weight)
-    assert _run is not None
-    loss = _run.loss(self, image_features, text_features, weight)
+    loss = run.loss_of_batch(self, image_features, text_features, weight)
     return {"loss": loss, "max_margin_loss": loss.detach()}
 
 
 def _clip_loss(
     original: Callable[..., Any], self: Any, image_features: Any, text_features: Any, logit_scale: Any
 ) -> Any:
-    if not _in_training():
+    run = _training_run()
+    if run is None:
         return original(self, image_features, text_features, logit_scale)
-    assert _run is not None
     from ..adapters.avion import batch_accuracy
 
     # DDP expects a gradient for every parameter: the unused scale stays in the graph, with zero.
-    loss = _run.loss(self, image_features, text_features) + 0.0 * logit_scale.sum()
+    loss = run.loss_of_batch(self, image_features, text_features) + 0.0 * logit_scale.sum()
     return {"loss": loss, "clip_acc": batch_accuracy(image_features, text_features, self.rank, self.world_size)}
 
 
@@ -239,6 +251,7 @@ HOST = Host(
         Seam("avion.optim.schedulers", "cosine_scheduler", ("epochs", "niter_per_ep"), _cosine_scheduler),
         *(Seam(f"scripts.{script}", "get_args_parser", (), _get_args_parser) for script in (FINETUNING, PRETRAINING)),
     ),
+    adapters=_adapters,
     start_modules=tuple(_SCRIPTS),
     on_import={"avion.losses.losses": _take_flags},
     checkout="put a checkout of https://github.com/zhaoyue-zephyrus/AVION on PYTHONPATH",

@@ -14,29 +14,39 @@ import functools
 import inspect
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
+from .. import losses
 from .._startup import swallowed
-from ..config import LOSSES, flag_parser, split_flags
-from ..errors import ConfigError, shown
-from ..registry import hookimpl
-from ._target import Host, Seam
+from ..errors import ConfigError, SeamError
+from ..hosts.host import Host, Seam
+from ..hosts.registry import hookimpl
+from ..options import flag_parser, split_flags
 
 if TYPE_CHECKING:
     from ..adapters.openclip import Run
+    from ..hosts.adapter import Adapter, Resolved
 
 # What 3.x itself calls --loss-dist-impl; its parser takes --loss as an abbreviation of that.
 _HOST_LOSS_VALUES = ("bidir", "shift", "reduce", "gather")
 
+_resolved: Optional[Resolved] = None
 _run: Optional[Run] = None
 
 
+def _adapters() -> Sequence[Adapter]:
+    from ..adapters.openclip import ADAPTER
+
+    return (ADAPTER,)
+
+
 def _parse_args(original: Callable[..., Any], args: Any) -> Any:
-    global _run
-    _run = None
-    flags, rest = split_flags(sys.argv[1:] if args is None else args)
+    global _resolved, _run
+    _resolved = _run = None
+    (adapter,) = _adapters()
+    flags, rest = split_flags(sys.argv[1:] if args is None else args, adapter.options)
     found = swallowed(rest)
     if found is not None:
         raise ConfigError(
@@ -46,47 +56,69 @@ def _parse_args(original: Callable[..., Any], args: Any) -> Any:
         try:
             return original(rest)
         finally:
-            print("\n" + flag_parser().format_help())
+            print("\n" + flag_parser(adapter.options).format_help())
     if not flags or (set(flags) == {"loss"} and flags["loss"] in _HOST_LOSS_VALUES):
         return original(args)
-    if flags.get("loss") is not None and flags["loss"] not in LOSSES:
-        raise ConfigError(
-            f"unknown --loss {shown(flags['loss'])}; choose from {', '.join(LOSSES)} "
-            "(OpenCLIP's own flag is spelt --loss-dist-impl)"
-        )
+    if flags.get("loss") not in (None, "mmts", *losses.names()):
+        adapter.resolve(flags)  # says so, before anything else is looked at
     parsed = original(rest)
-    from ..adapters.openclip import Run
+    from ..adapters.openclip import refuse_unsupported
 
     HOST.tell_wrappers()
-    _run = Run(flags, parsed)
-    _run.host_version = HOST.version()
+    resolved = adapter.resolve(flags)
+    refuse_unsupported(parsed)
+    resolved.config.publish(parsed)
+    _resolved = resolved
     return parsed
 
 
 def _get_data(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    global _run
     data = original(*args, **kwargs)
-    if _run is not None and "train" in data:
+    if _resolved is not None and "train" in data:
+        from ..adapters.openclip import Run
+
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
-        _run.prepare(given.arguments["args"], data, given.arguments["tokenizer"], given.arguments["epoch"])
+        values = given.arguments
+        _run = Run(_resolved, values["args"], data, values["tokenizer"], values["epoch"], HOST.version())
     return data
+
+
+def _watch(*batch: Any) -> None:
+    assert _run is not None  # a loss made before its data is not called before
+    _run.watch(*batch)
+
+
+def _loss_called() -> None:
+    if _run is not None and sys.modules["torch"].is_grad_enabled():
+        _run.loss_taken()
+
+
+def _wrapped(loss: Any, on_call: Optional[Callable[[], None]]) -> Any:
+    from ..adapters.openclip import wrap_loss
+
+    assert _resolved is not None
+    return wrap_loss(_resolved, loss, _watch, on_call, HOST.version())
 
 
 def _create_loss(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     loss = original(*args, **kwargs)
-    return loss if _run is None else _run.wrap_loss(loss)
+    return loss if _resolved is None else _wrapped(loss, _loss_called)
 
 
 def _create_task(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     task = original(*args, **kwargs)
-    if _run is not None:
-        task.loss = _run.wrap_loss(getattr(task, "loss", None), watched=False)
+    if _resolved is not None:
+        task.loss = _wrapped(getattr(task, "loss", None), None)
     return task
 
 
 def _train_one_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _run is None:
+    if _resolved is None:
         return original(*args, **kwargs)
+    if _run is None:
+        raise SeamError(f"open_clip_torch {HOST.version()}: training starts, but its data were never seen by us")
     given = inspect.signature(original).bind(*args, **kwargs)
     given.apply_defaults()
     steps = _task_steps if "state" in given.arguments else _model_steps
@@ -118,6 +150,7 @@ def _task_steps(run: Run, arguments: dict[str, Any]) -> Iterator[None]:
     """4.x: the task may be compiled whole, so temperatures are set on the loss where the batch is prepared."""
     state, args = arguments["state"], arguments["args"]
     task, scheduler = state.task, state.scheduler
+    run.expects_loss = False  # a compiled one tells nobody
     prepare_batch, compute_accum_loss = task.prepare_batch, task.compute_accum_loss
     log = functools.partial(_log, args, arguments["tb_writer"])
     run.begin_epoch(
@@ -129,7 +162,7 @@ def _task_steps(run: Run, arguments: dict[str, Any]) -> Iterator[None]:
         prepared = prepare_batch(batch, *rest, **kwargs)
         if "text" in prepared:  # not a part of a batch: it calls itself for nested dicts
             run.batch_starts()
-            task.loss.temperature = run.temperatures(prepared["text"])
+            task.loss.temperature = run.of_batch(prepared["text"])
             group.append(task.loss.temperature)
             run.batch_done()
         return prepared
@@ -155,7 +188,7 @@ def _telling(run: Run, scheduler: Optional[Callable[[int], Any]]) -> Optional[Ca
         return None
 
     def adjust(step: int) -> Any:
-        run.set_step(step)
+        run.at_step(step)
         return scheduler(step)
 
     return adjust
@@ -178,12 +211,13 @@ HOST = Host(
     package="open_clip",
     versions="3.3 and main (4.x)",
     seams=(
-        Seam("open_clip_train.params", "parse_args", ("args",), _parse_args),
+        Seam("open_clip_train.params", "parse_args", ("args",), _parse_args, takes_flags=True),
         Seam("open_clip_train.data", "get_data", ("args", "epoch", "tokenizer"), _get_data),
         Seam("open_clip.factory", "create_loss", ("args",), _create_loss),
         Seam("open_clip.factory", "create_task", ("args", "model"), _create_task, required=False),
         Seam("open_clip_train.train", "train_one_epoch", ("data", "args", "tb_writer"), _train_one_epoch),
     ),
+    adapters=_adapters,
     start_modules=("open_clip_train.main",),
 )
 

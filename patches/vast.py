@@ -21,37 +21,49 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
-from ..config import LOSSES, flag_parser, split_flags
-from ..errors import ConfigError, one_line
-from ..registry import hookimpl
-from ._target import Host, Seam, Wrapper
+from .. import losses
+from ..errors import ConfigError, SeamError, one_line
+from ..hosts.host import Host, Seam, Wrapper
+from ..hosts.registry import hookimpl
+from ..options import flag_parser, split_flags
 
 if TYPE_CHECKING:
-    from ..adapters.vast import Run
+    from ..adapters.vast import Run, Vast
+    from ..hosts.adapter import Adapter, Resolved
 
 _GRAM = "GRAM"
 _ENCODER = "model.text_encoders.bert.bert"
 _ADVICE = "VAST was written for transformers 4.31: pip install 'transformers>=4.31,<4.56'"
 
+_resolved: Optional[tuple[Vast, Resolved]] = None
 _run: Optional[Run] = None
 
 
+def _adapter(name: str) -> Vast:
+    from ..adapters import vast
+
+    return vast.GRAM if name == _GRAM else vast.VAST
+
+
+def _adapters(name: str) -> Sequence[Adapter]:
+    return (_adapter(name),)
+
+
 def _get_args(name: str, original: Callable[[], Any]) -> Any:
-    global _run
-    _run = None
+    global _resolved, _run
+    _resolved = _run = None
+    adapter = _adapter(name)
     if {"-h", "--help"} & set(sys.argv[1:]):
         try:
             return original()
         finally:
-            print("\n" + flag_parser().format_help())
-    flags, rest = split_flags(sys.argv[1:])
+            print("\n" + flag_parser(adapter.options).format_help())
+    flags, rest = split_flags(sys.argv[1:], adapter.options)
     _refuse_abbreviations(rest)
     if not flags or _is_vasts_own(flags):
         return original()
-    from ..adapters import vast as adapter
-
-    host = next(host for host in HOSTS if host.name == name)
-    run = adapter.Run(flags, adapter.GRAM if name == _GRAM else adapter.VAST, host.version())
+    host = _host_of(name)
+    resolved = adapter.resolve(flags)
     unmet = host.unmet()
     if unmet is not None:
         raise ConfigError(f"{name}: {unmet}")
@@ -59,8 +71,12 @@ def _get_args(name: str, original: Callable[[], Any]) -> Any:
     sys.argv[1:] = rest
     args = original()
     _warn_if_only_evaluated(args.run_cfg)
-    _run = run
+    _resolved = adapter, resolved
     return args
+
+
+def _host_of(name: str) -> Host:
+    return next(host for host in HOSTS if host.name == name)
 
 
 def _warn_if_only_evaluated(run_cfg: Any) -> None:
@@ -73,42 +89,58 @@ def _warn_if_only_evaluated(run_cfg: Any) -> None:
 def _is_vasts_own(flags: dict[str, Any]) -> bool:
     """VAST reads ``--loss X`` as an abbreviation of its ``--loss_type``; near misses of ours are no such thing."""
     value = flags.get("loss", "mmts")
-    return set(flags) == {"loss"} and not value.startswith("mm") and not difflib.get_close_matches(value, LOSSES)
+    return (
+        set(flags) == {"loss"}
+        and not value.startswith("mm")
+        and not difflib.get_close_matches(value, ("mmts", *losses.names()))
+    )
 
 
 def _refuse_abbreviations(rest: Sequence[str]) -> None:
     for word, following in zip(rest, [*rest[1:], ""]):
         name, has_value, value = word.partition("=")
-        if name.startswith("--los") and (value if has_value else following) in LOSSES:
+        if name.startswith("--los") and (value if has_value else following) in ("mmts", *losses.names()):
             raise ConfigError(f"{word}: VAST would take this for its --loss_type, which changes nothing; write --loss")
 
 
-def _train(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _run is not None:
+def _train(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    global _run
+    if _resolved is not None:
+        from ..adapters.vast import Run
+
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
         values = given.arguments
         run_cfg = values["run_cfg"] if "run_cfg" in values else values["args"].run_cfg  # GRAM passes all of them
         log = inspect.unwrap(original).__globals__["LOGGER"]
-        _run.prepare(values["model"], values["train_loader"].name2loader, run_cfg, values["start_step"], log)
+        loaders, first = values["train_loader"].name2loader, values["start_step"]
+        _run = Run(*_resolved, values["model"], loaders, run_cfg, first, log, _host_of(name).version())
     return original(*args, **kwargs)
 
 
 def _get_lr_sched(original: Callable[..., Any], global_step: int, opts: Any) -> Any:
     ratio = original(global_step, opts)
-    if _run is not None:
-        _run.set_step(global_step)
+    run = _started()
+    if run is not None:
+        run.after_step(global_step)
     return ratio
 
 
+def _started() -> Optional[Run]:
+    if _resolved is not None and _run is None:
+        raise SeamError("VAST: a training step before its loop was seen to start")
+    return _run
+
+
 def _forward_ret(original: Callable[..., Any], self: Any, batch: Any, task: str, compute_loss: bool = True) -> Any:
-    if _run is None or not compute_loss:
+    run = _started() if compute_loss else None
+    if run is None:
         return original(self, batch, task, compute_loss=compute_loss)
-    return _run.forward_ret(original, self, batch, task)
+    return run.forward_ret(original, self, batch, task)
 
 
 def _forward_vast27m(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _run is not None:
+    if _resolved is not None:
         _refuse_pretraining()
     return original(*args, **kwargs)
 
@@ -123,18 +155,20 @@ def _refuse_pretraining() -> NoReturn:
 def _host(name: str, url: str, versions: str, utils: str, model: str) -> Host:
     module, _, cls = model.rpartition(".")
     get_args: Wrapper = partial(_get_args, name)
+    train: Wrapper = partial(_train, name)
     return Host(
         name=name,
         distribution=url,
         package=module,
         versions=versions,
         seams=(
-            Seam(f"{utils}.args", "get_args", (), get_args),
-            Seam(f"{utils}.pipeline", "train", ("model", "train_loader", "start_step"), _train),
+            Seam(f"{utils}.args", "get_args", (), get_args, takes_flags=True),
+            Seam(f"{utils}.pipeline", "train", ("model", "train_loader", "start_step"), train),
             Seam(f"{utils}.sched", "get_lr_sched", ("global_step", "opts"), _get_lr_sched),
             Seam(module, f"{cls}.forward_ret", ("batch", "task", "compute_loss"), _forward_ret, uses=("contra_temp",)),
             Seam(module, f"{cls}.forward_ret_vast27m", ("batch", "task"), _forward_vast27m, required=False),
         ),
+        adapters=partial(_adapters, name),
         start_modules=("run.py",),
         checkout=f"put a checkout of https://github.com/{url} on PYTHONPATH",
         root_files=(

@@ -18,7 +18,7 @@ assert "shim" in sitecustomize.__file__ or hasattr(sitecustomize, "_without_devi
 rank = os.environ.get("RANK", "0")
 target, arguments = sys.argv[1], sys.argv[2:]
 records: dict[str, list] = {"image": [], "text": [], "temperature": [], "loss": [], "step": [], "tokens": []}
-forward, temperatures = ScheduledLoss.forward, Run.temperatures
+forward, temperatures = ScheduledLoss.forward, Run.of_batch
 step = [0]
 
 
@@ -38,7 +38,7 @@ def recording_forward(loss, image_features, text_features, logit_scale, mmts_tem
     return out
 
 
-ScheduledLoss.forward, Run.temperatures = recording_forward, recording_temperatures
+ScheduledLoss.forward, Run.of_batch = recording_forward, recording_temperatures
 begin_epoch = Run.begin_epoch
 
 

@@ -19,8 +19,8 @@ import torch
 from ranks import on_ranks
 
 from mmts_plugins import _files, large, lookup
-from mmts_plugins.clustering import cache
 from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.data import cache
 from mmts_plugins.distributed import first_on_node
 from mmts_plugins.errors import MMTSError, TableError
 from mmts_plugins.lookup import KeyLookup, TokenLookup
@@ -830,9 +830,17 @@ def _order(rank: int, world_size: int, folder: str, fails: bool) -> list[str]:
                 (Path(folder) / "made").write_text("x")
                 if fails:
                     raise ValueError
-            seen = [path.name for path in Path(folder).iterdir()]
+            seen = sorted(path.name for path in Path(folder).iterdir())
+            if rank == 1:
+                (Path(folder) / "seen").touch()
     except ValueError:
         seen = ["failed"]
+        # Nothing else lets the others go: what this rank does next, it does when they have gone, or after 10 seconds.
+        until = time.monotonic() + 10
+        while not (Path(folder) / "seen").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        if not (Path(folder) / "seen").exists():
+            (Path(folder) / "late").touch()
     return seen
 
 

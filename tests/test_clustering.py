@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -20,19 +21,16 @@ from typing import Optional
 import numpy as np
 import pytest
 
-from mmts_plugins.clustering import build, kmeans, sources
-from mmts_plugins.clustering.command import add_parser
-from mmts_plugins.clustering.rows import Rows
-from mmts_plugins.clustering.sources import (
-    Source,
-    caption_batches,
-    failed_downloads,
-    read_class_counts,
-    read_embeddings,
-    read_samples,
-    units,
-)
+from mmts_plugins.clustering import build, kmeans
 from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
+from mmts_plugins.commands.cluster import add_parser
+from mmts_plugins.data import captions, captions_parquet
+from mmts_plugins.data.captions import caption_batches, read_samples, units
+from mmts_plugins.data.captions_parquet import failed_downloads
+from mmts_plugins.data.classes import load_classes, read_class_counts
+from mmts_plugins.data.embeddings import read_embeddings
+from mmts_plugins.data.rows import Rows
+from mmts_plugins.data.source import Source
 from mmts_plugins.errors import MMTSError
 
 pd = pytest.importorskip("pandas")
@@ -344,9 +342,11 @@ def test_whatever_a_parser_raises_is_one_line(tmp_path: Path, monkeypatch: pytes
 
         with monkeypatch.context() as patch:
             patch.setattr(pd, "read_csv", fails)
-            for read in (lambda: read_samples(Source(str(path))), lambda: read_class_counts(str(path))):
-                with pytest.raises(MMTSError, match=r"a\.tsv: cannot be read as (csv|CSV): "):
-                    read()
+            patch.setattr(csv, "DictReader", fails)
+            with pytest.raises(MMTSError, match=r"a\.tsv: cannot be read as csv: "):
+                read_samples(Source(str(path)))
+            with pytest.raises(MMTSError, match=r"a\.tsv: cannot be read as a distribution of classes: "):
+                read_class_counts(str(path))
     deep = write(tmp_path / "deep.json", "[" * 100_000)
     with pytest.raises(MMTSError, match=r"deep\.json: cannot be read as json: nested too deeply"):
         read_samples(Source(str(deep)))
@@ -437,8 +437,9 @@ def test_downloads_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_units_of_parquet_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_UNIT", 5)
-    monkeypatch.setattr(sources, "_BATCH", 3)
+    monkeypatch.setattr(captions_parquet, "_UNIT", 5)
+    for module in (captions, captions_parquet):
+        monkeypatch.setattr(module, "BATCH", 3)
     texts = [f"caption {number}" for number in range(17)]
     pd.DataFrame({"caption": texts}).to_parquet(tmp_path / "a.parquet", row_group_size=2)
     source = Source(str(tmp_path / "a.parquet"))
@@ -633,21 +634,34 @@ def test_class_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "zeros.csv", f"class_id,count\n1,{'0' * 30}7\n2,{2**53 - 7}\n")
     assert read_class_counts(str(path))[1].tolist() == [7, 2**53 - 7]
     for text, message in (
-        ("class,count\n1,2\n", "no column 'class_id'"),
+        ("class,count\n1,2\n", "column 'class_id' is missing .found: class, count"),
         ("class_id,count\n1,x\n", "line 2: .*'x'"),
         ("class_id,count\n1,2\n1,3\n", "class '1' occurs more than once"),
         ("class_id,count\n", "no class"),
-        ("", "cannot be read"),
+        ("", "column 'class_id' is missing"),
+        ('class_id,count\n1,"2\n3,4\n', "cannot be read as a distribution of classes: unexpected end of data"),
         ("class_id,count\n1\n", "line 2: the count of class '1' is ''"),
         ("class_id,count\n ,3\n", "line 2: no class_id"),
-        ("class_id,count\n1,2,3\n", "rows have more fields than the header"),
-        ("class_id,count\n1,2\n1,2,3\n", "Expected 2 fields in line 3, saw 3"),
+        ("class_id,count\n1,2,3\n", "line 2: has more fields than the header 'class_id', 'count'"),
+        ("class_id,count\n1,2\n3,1,234\n", "line 3: has more fields than the header"),
         ("class_id,count\n1," + "9" * 5000 + "\n", "line 2: .*too large"),
         (f"class_id,count\n1,{2**53 + 1}\n", "line 2: .*too large"),
         (f"class_id,count\n1,{2**53}\n2,1\n", "the counts add up to 9007199254740993: too large"),
     ):
         with pytest.raises(MMTSError, match=message):
             read_class_counts(str(write(tmp_path / "f.csv", text)))
+
+
+def test_a_file_of_counts_and_the_table_made_of_it_have_one_hash(tmp_path: Path) -> None:
+    counts = write(tmp_path / "counts.csv", "class_id,count\n7,3\n10,40\n0,5\n")
+    cluster("--class-counts", counts, "-o", tmp_path / "counts.parquet")
+    labels = write(tmp_path / "labels.csv", "noun\n" + "7\n" * 3 + "10\n" * 40 + "0\n" * 5)
+    cluster(labels, "--separator", ",", "--label-column", "noun", "-o", tmp_path / "labels.parquet")
+    in_training = load_classes(str(counts))
+    # As runs recorded it before there was one reader.
+    assert in_training.content_hash == "be0aa1987af3d32e4f65fea97619644b"
+    for made in (tmp_path / "counts.parquet", tmp_path / "labels.parquet"):
+        assert ClusterTable.load(made).content_hash == in_training.content_hash
 
 
 # --- building
@@ -801,16 +815,18 @@ def test_errors_name_the_cause_and_the_way_out(tsv: Path, tmp_path: Path, monkey
         ((write(tmp_path / "b.json", '{"desc": "x"}\n{"de'),), ["line 2"]),
         ((write(tmp_path / "c.json", '[{"desc": 1}]'),), ["record 1", "not text but 1"]),
         ((write(tmp_path / "c.parquet", "x"),), ["c.parquet", "parquet"]),
-        ((tsv, "--encoder", "tfidf"), ["6 distinct captions", "200 clusters", "-k/--clusters"]),
+        ((tsv, "--encoder", "tfidf"), ["6 distinct captions", "200 clusters", "lower -k "]),
         ((tsv, "-k", 2, "--encoder", "./no-model"), ["./no-model", "--encoder tfidf", "--embeddings", "HF_HOME"]),
         ((tsv, "-k", 2, "--device", "cuda:99"), ["--device cuda:99 cannot be used"]),
         ((tsv, "-k", 2, "--embeddings", tmp_path / "e.npy"), ["3 rows", "7 captions"]),
-        ((tsv, "-k", 2, "--embeddings", tmp_path / "same.npy"), ["only 1 of 2", "-k/--clusters"]),
+        ((tsv, "-k", 2, "--embeddings", tmp_path / "same.npy"), ["only 1 of 2", "lower -k "]),
         ((tsv, "--embeddings", tmp_path / "e.npy", "--encoder", "tfidf"), ["--encoder", "--embeddings"]),
         ((tsv, "--tensor", "x"), ["--tensor", "--embeddings"]),
         ((tsv, "--train-data", tsv), ["--train-data"]),
         ((tsv, "--class-counts", counts), ["DATA", "--class-counts"]),
-        (("--class-counts", counts, "-k", 3), ["--clusters", "--class-counts"]),
+        (("--class-counts", counts, "-k", 3), ["-k has no effect", "--class-counts"]),
+        (("--class-counts", counts, "--clusters", 3), ["-k has no effect", "--class-counts"]),
+        (("--class-counts", counts, "--seed", 0), ["--seed has no effect", "--class-counts"]),
         ((gap, "--separator", ",", "--label-column", "verb"), ["'verb'", "--label-column", "'noun'"]),
         ((gap, "--separator", ",", "--label-column", "noun"), ["sample 2", "'noun'"]),
         ((write(tmp_path / "a.txt", "x"), "--label-column", "noun"), ["--label-column", "text"]),
@@ -834,7 +850,7 @@ def test_the_output_is_checked_before_the_work(tsv: Path, tmp_path: Path) -> Non
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys, argparse\n"
-        "from mmts_plugins.clustering.command import add_parser\n"
+        "from mmts_plugins.commands.cluster import add_parser\n"
         "print(add_parser(argparse.ArgumentParser().add_subparsers()).format_help())\n"
         "print(sorted({'torch', 'numpy', 'pandas', 'sklearn', 'pyarrow', 'sentence_transformers'} & set(sys.modules)))"
     )

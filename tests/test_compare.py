@@ -31,8 +31,8 @@ from mmts_plugins.compare import lock as locks
 from mmts_plugins.compare import plan as plans
 from mmts_plugins.compare.execute import State
 from mmts_plugins.compare.lock import LOCK
-from mmts_plugins.demo.train import run_logged
 from mmts_plugins.errors import ConfigError, MMTSError
+from mmts_plugins.processes import run_logged
 
 # A trainer as a comparison sees one: says what it was given, may die half-way, leaves a checkpoint.
 HOST = """
@@ -570,7 +570,7 @@ def test_more_seeds_later_but_not_another_command(folder: Path, capsys: pytest.C
     made = calls(folder)
     assert compare(folder, "--seeds", "0,1") == 0
     assert {name: made[name] for name in made} == {name: calls(folder)[name] for name in made}
-    assert compare(folder, "--seeds", "0", "--clusters", "other.parquet") == 2
+    assert compare(folder, "--seeds", "0", "--table", "other.parquet") == 2
     assert "ICS-seed0 was started with another command" in capsys.readouterr().err
 
 
@@ -845,7 +845,7 @@ def test_the_examples_are_commands_that_openclip_and_we_take(path: Path, tmp_pat
     host = params.parse_args(plain.resumed[plain.resumed.index("open_clip_train.main") + 1 :])
     assert (host.name, host.resume) == (plain.name, "latest")
     assert plain.done == Path(host.logs, host.name, "checkpoints", f"epoch_{host.epochs}.pt")
-    judged = _parser().parse_args(plain.evaluation[plain.evaluation.index("eval") :])
+    judged = _parser("eval").parse_args(plain.evaluation[plain.evaluation.index("eval") :])
     assert (judged.checkpoint, judged.output) == (str(plain.done), str(plain.result))
     assert judged.model == host.model
     for named in (judged.classes, judged.templates):

@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 
 import pytest
+from resolving import resolve
 
-from mmts_plugins import config as configuration
-from mmts_plugins.config import Config, check_resume, load_file, record, resolve, split_flags, write_record
+from mmts_plugins.config import Config
 from mmts_plugins.errors import ConfigError
+from mmts_plugins.options import split_flags
 from mmts_plugins.plan import Plan
-from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
-
-DEFAULTS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
+from mmts_plugins.presets import presets
+from mmts_plugins.record import check_resume, load_file, read_record, record, write_record
 
 
 def resolved(*argv: str) -> Config:
     flags, rest = split_flags(["--loss", "mmts", *argv])
     assert rest == []
-    return resolve(flags, INFONCE, DEFAULTS)
+    return resolve(flags)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_record_of_the_first_release_is_read_and_resumed(tmp_path):
     assert path.read_text() == RECORD
     odd = {**values, "clusters": "caf\udce9/\u00fc.parquet", "table_hash": "1234567", "host_version": "2001-01-01"}
     write_record(path, odd)
-    assert {name: configuration.read_record(path)[name] for name in odd} == odd
+    assert {name: read_record(path)[name] for name in odd} == odd
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_words_that_are_not_ours_stay_where_they_are():
 
 
 def test_a_config_made_in_python_is_checked_too():
-    good = {"loss": INFONCE, "alpha": 0.04, "shift_min": 0.05, "shift_max": 0.1, "clusters": "t"}
+    good = {"loss": "mmts-infonce", "alpha": 0.04, "shift_min": 0.05, "shift_max": 0.1, "clusters": "t"}
     assert Config(**good).lowest == pytest.approx(0.03)
     for change, message in (
         ({"alpha": None}, "--mmts-alpha is None: it must be a number"),
@@ -199,7 +199,7 @@ def test_a_config_made_in_python_is_checked_too():
 
 def test_the_presets():
     """The numbers of the paper's supplementary, Sec. 7, written down once more."""
-    assert {name: preset[1:] for name, preset in PRESETS.items()} == {
+    assert {name: preset[1:] for name, preset in presets().items()} == {
         "clip-cc3m": (0.04, 0.05, 0.10),
         "avion-max-margin": (0.20, 0.17, 0.30),
         "avion-clip": (0.08, 0.05, 0.20),

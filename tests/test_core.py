@@ -12,17 +12,17 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from resolving import resolve
 
 from mmts_plugins.clusters import ClusterTable, cluster_shift
-from mmts_plugins.config import Config, check_resume, record, resolve, split_flags, write_record
+from mmts_plugins.config import Config
 from mmts_plugins.errors import ConfigError, TableError
 from mmts_plugins.lookup import TokenLookup, hash_tokens
-from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
+from mmts_plugins.options import split_flags
+from mmts_plugins.presets import presets
+from mmts_plugins.record import check_resume, record, write_record
 from mmts_plugins.runtime import Runtime
 from mmts_plugins.schedule import CosineSchedule
-
-DEFAULTS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
-
 
 # -- schedule and shift ------------------------------------------------------------------------------------------------
 
@@ -181,15 +181,15 @@ def test_thirds_are_thirds_of_the_samples():
 def resolved(*argv: str) -> Config:
     flags, rest = split_flags(["--loss", "mmts", *argv])
     assert rest == []
-    return resolve(flags, INFONCE, DEFAULTS)
+    return resolve(flags)
 
 
 def test_presets_are_the_papers():
-    for name, preset in PRESETS.items():
+    for name, preset in presets().items():
         flags, _ = split_flags(["--loss", preset.loss, "--mmts-preset", name, "--mmts-clusters", "t"])
-        config = resolve(flags, INFONCE, DEFAULTS)
+        config = resolve(flags)
         assert (config.alpha, config.shift_min, config.shift_max) == preset[1:]
-        assert config.lowest > 0 or preset.loss == MAX_MARGIN
+        assert config.lowest > 0 or preset.loss == "mmts-max-margin"
 
 
 def test_flag_beats_file_beats_preset(tmp_path):
@@ -227,10 +227,10 @@ def test_guards():
             resolved("--mmts-clusters", "t", *argv)
     assert resolved("--mmts-clusters", "t", "--mmts-alpha", "0.1", "--mmts-no-schedule").lowest == 0.05
     assert resolved("--mmts-alpha", "0.1", "--mmts-no-shifts").lowest == pytest.approx(0.025)
-    margin = {"loss": MAX_MARGIN, "mmts_alpha": 0.34, "mmts_clusters": "t"}
-    assert resolve(margin, INFONCE, DEFAULTS).lowest == 0  # a margin of zero is allowed
+    margin = {"loss": "mmts-max-margin", "mmts_alpha": 0.34, "mmts_clusters": "t"}
+    assert resolve(margin).lowest == 0  # a margin of zero is allowed
     with pytest.raises(ConfigError, match="lowest margin"):
-        resolve({**margin, "mmts_alpha": 0.36}, INFONCE, DEFAULTS)
+        resolve({**margin, "mmts_alpha": 0.36})
 
 
 def test_extremes_warn(caplog):

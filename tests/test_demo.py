@@ -14,12 +14,14 @@ import pytest
 from conftest import run_python
 from pages import assert_self_contained
 
+from mmts_plugins import processes
 from mmts_plugins.cli import main
 from mmts_plugins.clusters import ClusterTable
-from mmts_plugins.config import Config, record, write_record
-from mmts_plugins.demo import command, data, report, train
+from mmts_plugins.config import Config
+from mmts_plugins.demo import data, make, report, train
 from mmts_plugins.demo.evaluate import Scores
 from mmts_plugins.errors import MMTSError
+from mmts_plugins.record import record, write_record
 
 for package in ("sklearn", "matplotlib", "PIL", "pandas", "tqdm"):
     if importlib.util.find_spec(package) is None:
@@ -86,7 +88,7 @@ def test_progress_is_read_from_openclips_log() -> None:
 def test_a_failing_step_shows_the_end_of_its_output(tmp_path: Path) -> None:
     code = "import sys; [print('line', i) for i in range(99)]; sys.exit('disk is full')"
     with pytest.raises(MMTSError) as error:
-        train.run_logged([sys.executable, "-c", code], tmp_path)
+        processes.run_logged([sys.executable, "-c", code], tmp_path)
     assert str(error.value).startswith("exit code 1 from: python -c")
     assert "line 98" in str(error.value)
     assert "line 9\n" not in str(error.value)
@@ -105,38 +107,38 @@ def test_a_trainer_that_leaves_no_checkpoint_has_failed(tmp_path: Path, monkeypa
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(MMTSError, match="not the folder of a demo"):
-        command.prepare(tmp_path, force=True)
+        make.prepare(tmp_path, force=True)
     (tmp_path / "file").touch()
     with pytest.raises(MMTSError, match="is a file"):
-        command.prepare(tmp_path / "file", force=True)
+        make.prepare(tmp_path / "file", force=True)
     assert {path.name for path in tmp_path.iterdir()} == {"data", "file"}
 
 
 def test_a_finished_demo_is_replaced_only_on_request(tmp_path: Path) -> None:
-    command.prepare(tmp_path, force=False)
+    make.prepare(tmp_path, force=False)
     (tmp_path / "runs" / "plain").mkdir(parents=True)
-    command.prepare(tmp_path, force=False)  # unfinished: nothing is lost
+    make.prepare(tmp_path, force=False)  # unfinished: nothing is lost
     assert not (tmp_path / "runs").exists()
     (tmp_path / "results.json").touch()
     (tmp_path / "my notes.txt").touch()
     with pytest.raises(MMTSError, match="--force"):
-        command.prepare(tmp_path, force=False)
-    command.prepare(tmp_path, force=True)
-    assert {path.name for path in tmp_path.iterdir()} == {command.MARKER, "my notes.txt"}
+        make.prepare(tmp_path, force=False)
+    make.prepare(tmp_path, force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {make.MARKER, "my notes.txt"}
 
 
 def test_missing_packages_are_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "NEEDED", ("json", "no_such_package"))
+    monkeypatch.setattr(make, "NEEDED", ("json", "no_such_package"))
     assert main(["demo", "--output", str(tmp_path / "out")]) == 2
-    assert f"the demo needs no_such_package: {command.EXTRAS}" in capsys.readouterr().err
+    assert f"the demo needs no_such_package: {make.EXTRAS}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from mmts_plugins.demo import command; "
+        "import sys; from mmts_plugins.commands import demo; import mmts_plugins.demo.make; "
         "print([name for name in ('torch', 'sklearn', 'matplotlib', 'pandas') if name in sys.modules])"
     )
     assert run_python("-c", code).stdout.strip() == "[]"
@@ -281,7 +283,7 @@ def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     out = tmp_path / "out"
-    really, evaluated = train.run_logged, []
+    really, evaluated = processes.run_logged, []
 
     def run_logged(words: list[str], folder: Path, *given: object, **named: object) -> None:
         if words[:4] == [sys.executable, "-m", "mmts_plugins", "cluster"]:
@@ -299,7 +301,8 @@ def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         return Scores(recall, share, dict.fromkeys(parts.groups(), share), dict.fromkeys(range(10), share))
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(train, "run_logged", run_logged)
+    for module in (make, train):
+        monkeypatch.setattr(module, "run_logged", run_logged)
     monkeypatch.setattr("mmts_plugins.demo.evaluate.evaluate", evaluate)
     assert main(["demo", "--output", str(out), "--epochs", "1", "--seed", "1"]) == 0
     said = capsys.readouterr().out

@@ -120,7 +120,7 @@ def values(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_form_of_a_set_gives_the_same_numbers(images: Set) -> None:
-    from mmts_plugins.retrieval import image_text_recall
+    from mmts_plugins.evaluation.retrieval import image_text_recall
 
     expected = images.from_model(images.folder / "set.tsv", name=None)
     features = [torch.from_numpy(np.load(images.folder / f"{name}.npy")) for name in ("images", "texts")]
@@ -163,7 +163,7 @@ def test_relevancy_of_pairs_is_reciprocal_rank(images: Set, tmp_path: Path) -> N
     results = [images.from_features("--relevancy", tmp_path / name) for name in ("r.npy", "r.csv")]
     assert results[0]["metrics"] == results[1]["metrics"]
     found, texts = (torch.from_numpy(np.load(images.folder / f"{name}.npy")) for name in ("images", "texts"))
-    from mmts_plugins.retrieval import ranks
+    from mmts_plugins.evaluation.retrieval import ranks
 
     rank = ranks(texts, found, torch.arange(24) // 3, torch.arange(8)).double()
     metrics = results[0]["metrics"]
@@ -176,7 +176,7 @@ def test_relevancy_of_pairs_is_reciprocal_rank(images: Set, tmp_path: Path) -> N
 
 def test_zero_shot_by_names_by_numbers_and_from_features(images: Set, tmp_path: Path) -> None:
     from mmts_plugins.evaluation.model import encode_texts, load_model
-    from mmts_plugins.retrieval import class_embeddings
+    from mmts_plugins.evaluation.retrieval import class_embeddings
 
     templates = tmp_path / "templates.txt"
     templates.write_text("a photo of a {}\na {c}\n")
@@ -392,7 +392,7 @@ def test_relevancy_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     points = np.random.default_rng(1).normal(size=(10, 3))
     flags = ("--relevancy", tmp_path / "r.npy")
     whole = measured(tmp_path, points[:4], points[4:], *flags)
-    monkeypatch.setattr("mmts_plugins.retrieval._BLOCK", 4)
+    monkeypatch.setattr("mmts_plugins.evaluation.retrieval._BLOCK", 4)
     assert measured(tmp_path, points[:4], points[4:], *flags)["metrics"] == whole["metrics"]
 
 
@@ -818,7 +818,7 @@ class Bomb:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, mmts_plugins.evaluation.command; "
+        "import sys, mmts_plugins.commands.eval; "
         "print([name for name in ('torch', 'sklearn', 'pandas', 'open_clip') if name in sys.modules])"
     )
     assert run_python("-c", code).stdout.strip() == "[]"

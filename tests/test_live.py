@@ -11,16 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
+from resolving import INFONCE, MAX_MARGIN, resolve
 
 from mmts_plugins.clusters import ClusterTable
-from mmts_plugins.config import resolve
 from mmts_plugins.functional import info_nce, max_margin
 from mmts_plugins.live import Live, Meter, batch_statistics
-from mmts_plugins.presets import INFONCE, MAX_MARGIN
 from mmts_plugins.runtime import Runtime
 from mmts_plugins.schedule import CosineSchedule
-
-PRESETS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
 
 
 def features(n: int = 300, dim: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +100,7 @@ def runtime(kind: str = INFONCE, **flags) -> Runtime:
         [str(i) for i in range(9)], [0, 0, 0, 1, 1, 1, 2, 2, 2], [90, 90, 90, 30, 30, 30, 3, 3, 3]
     )
     given = {"loss": kind, "mmts_clusters": "table.parquet", **flags}
-    return Runtime(resolve(given, kind, PRESETS), table, np.array([3.0, 30.0, 90.0]), 100, torch.device("cpu"))
+    return Runtime(resolve(given), table, np.array([3.0, 30.0, 90.0]), 100, torch.device("cpu"))
 
 
 def test_thirds_are_told_by_the_shift():
@@ -262,6 +259,6 @@ def test_schedules_that_hardly_move_are_told():
     assert said(mmts_no_shifts=True, mmts_no_schedule=True) == said(mmts_no_shifts=True, mmts_alpha=0) == [still]
     assert said(mmts_alpha=0, mmts_shift_min=0.075, mmts_shift_max=0.075) == [still]
     alike = ClusterTable.build(["a", "b"], [0, 1], [5, 5])
-    given = resolve({"loss": INFONCE, "mmts_clusters": "t"}, INFONCE, PRESETS)
+    given = resolve({"loss": INFONCE, "mmts_clusters": "t"})
     run = Runtime(given, alike, np.array([5.0]), 100, torch.device("cpu"))
     assert run.warnings() == ["the table knows one frequency: every sample has the shift 0.075"]

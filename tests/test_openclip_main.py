@@ -124,10 +124,15 @@ def test_compiled_on_two_ranks_equals_eager(strategy, small_model, data, tmp_pat
     """In one graph: the loss on several ranks is one operator, its collectives included."""
     given = {"batch_size": 6, "gather_with_grad": True, "local_loss": True, "mmts_diagnostics_every": 4}
     compiled = {"torchcompile": True, "torchcompile_strategy": strategy}
+    script = tmp_path / "train.py"  # leaves at once: gloo's threads now and then abort an interpreter that shuts down
+    script.write_text(
+        "import os, sys\nfrom open_clip_train.main import main\nmain(sys.argv[1:])\n"
+        "sys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n"
+    )
     losses, reports = [], []
     for name, options in (("eager", {}), ("compiled", compiled)):
         arguments = flags(small_model, data, tmp_path / name, **given, **options)
-        out = train(*TORCHRUN, "-m", "open_clip_train.main", *arguments, TORCH_LOGS="recompiles,graph_breaks")
+        out = train(*TORCHRUN, script, *arguments, TORCH_LOGS="recompiles,graph_breaks")
         losses.append([float(value) for value in re.findall(r"Train Epoch.* Contrastive_loss: ([\d.]+)", out)])
         lines = (tmp_path / name / "run" / "mmts.jsonl").read_text().splitlines()
         reports.append([line for line in map(json.loads, lines) if "uniformity" in line])

@@ -19,7 +19,7 @@ CAPTIONS = [f"a photo of a {word}" for word in WORDS for _ in range(6)]
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 WRITING = {
     "cluster": ["cluster", "{captions}", "-k", "2", "--encoder", "tfidf", "-o", "{out}.parquet"],
-    "stability": ["stability", "--tables", "{table}", "{table}", "-o", "{out}.json"],
+    "stability": ["stability", "--table", "{table}", "{table}", "-o", "{out}.json"],
     "plot": ["plot", "schedule", "--total-steps", "100", "-o", "{out}.png"],
     "report": ["report", "{table}", "-o", "{out}"],
     "eval": ["eval", "--image-features", "{features}", "--text-features", "{features}", "-o", "{out}.json"],
@@ -29,7 +29,7 @@ WRITING = {
 FILES = {"captions": "captions.txt", "table": "table.parquet", "features": "features.npy", "plan": "plan.yaml"}
 PRINTING = {
     "schedule": ["schedule", "--host=openclip", "--total-steps=9", "--loss=mmts", "--mmts-clusters", "{table}"],
-    "doctor": ["doctor", "--clusters", "{table}"],
+    "doctor": ["doctor", "--table", "{table}"],
     "help": ["--help"],
     "dry": ["compare", "{plan}", "-o", "{out}", "--dry-run"],
 }  # fmt: skip

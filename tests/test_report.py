@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import html
 import json
@@ -20,13 +19,15 @@ import torch
 from conftest import Data, openclip_flags, run_python
 from pages import assert_self_contained
 
-from mmts_plugins.adapters import avion, openclip
+from mmts_plugins.adapters import avion
 from mmts_plugins.cli import main
 from mmts_plugins.clusters import ClusterTable
-from mmts_plugins.config import Config, record, split_flags, write_record
+from mmts_plugins.config import Config
 from mmts_plugins.errors import ConfigError, MMTSError
-from mmts_plugins.plan import Plan, named_table, resolve_for
-from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
+from mmts_plugins.options import split_flags
+from mmts_plugins.plan import Plan, adapter_of, named_table
+from mmts_plugins.presets import presets
+from mmts_plugins.record import record, write_record
 from mmts_plugins.report import concepts, logs, plots, run, schedule, table
 from mmts_plugins.report.page import escaped, slugs
 from mmts_plugins.runtime import Runtime
@@ -56,7 +57,7 @@ def long_tail(path: Path, **info: Any) -> ClusterTable:
 
 def test_a_plan_gives_the_temperatures_of_the_run(data: Data) -> None:
     found = ClusterTable.load(data.table)
-    config = Config(INFONCE, 0.04, 0.05, 0.10, str(data.table))
+    config = Config("mmts-infonce", 0.04, 0.05, 0.10, str(data.table))
     runtime = Runtime(config, found, found.frequency, 100, torch.device("cpu"))
     plan = Plan(vars(config), 100, found)
     assert plan.shifts["head"] == pytest.approx(runtime.head_shift)
@@ -88,24 +89,11 @@ def test_a_plan_may_break_a_guard_and_says_so() -> None:
         Plan.of_preset("clip", 10)
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--loss", "mmts"],
-        ["--loss", "mmts-max-margin", "--mmts-missing", "mean"],
-        ["--loss", "mmts", "--mmts-preset", "vast-clip", "--mmts-period", "7"],
-        ["--loss", "mmts", "--mmts-no-schedule", "--mmts-alpha", "0.3"],
-    ],
-)
-def test_schedule_resolves_what_the_host_would(argv: list[str], data: Data, tmp_path: Path) -> None:
-    captions = split_flags([*argv, "--mmts-clusters", str(data.table)])[0]
-    host = argparse.Namespace(model="ViT-B-32", accum_freq=1, train_data="train.tsv")
-    assert resolve_for("openclip", captions)[0] == openclip.Run(captions, host).config
+def test_schedule_counts_as_the_host_would(tmp_path: Path) -> None:
     counts = tmp_path / "counts.csv"
     counts.write_text("class_id,count\n0,30\n1,5\n")
-    classes = split_flags([*argv, "--mmts-clusters", str(counts)])[0]
-    config, found = resolve_for("avion", classes)
-    assert config == avion.Run(classes).config
+    flags = split_flags(["--loss", "mmts", "--mmts-clusters", str(counts)])[0]
+    found = adapter_of("avion").resolve(flags).table
     assert found is not None
     assert found.content_hash == avion.load_classes(str(counts)).content_hash
 
@@ -138,9 +126,12 @@ def test_schedule_counts_classes_and_warns(tmp_path: Path, capsys: pytest.Captur
         (["--host", "openclip"], "needs the cluster table"),
         (["--host", "openclip", "--mmts-no-shifts", "--mmts-alpha", "0.2"], "must stay above zero"),
         (["--host", "openclip", "--mmts-no-shifts", "--mmts-distribution", "noun"], "is for AVION"),
-        (["--host", "openclip", "--mmts-no-shifts", "--train-metadata", "x.csv"], "AVION's classes"),
+        (["--host", "openclip", "--mmts-no-shifts", "--train-metadata", "x.csv"], "OpenCLIP counts no classes"),
         (["--host", "avion", "--train-metadata", "x.csv"], "x.csv: cannot be read"),
-        (["--host", "clip", "--mmts-no-shifts"], "no adapter; choose from avion, openclip"),
+        (
+            ["--host", "clip", "--mmts-no-shifts"],
+            "no adapter; choose from avion, avion-pretraining, gram, openclip, vast",
+        ),
     ],
 )
 def test_schedule_refuses(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +145,7 @@ def test_schedule_refuses_a_table_of_classes_for_openclip(tmp_path: Path, capsys
     path = tmp_path / "classes.parquet"
     ClusterTable.build(["0", "1"], [0, 1], [3, 4], kind="class").save(path)
     assert main(["schedule", "--host", "openclip", "--total-steps", "9", "--mmts-clusters", str(path)]) == 2
-    assert "finds its samples by caption" in capsys.readouterr().err
+    assert "samples are found by caption" in capsys.readouterr().err
 
 
 def test_a_recorded_table_is_taken_only_if_it_is_the_runs(tmp_path: Path) -> None:
@@ -183,7 +174,9 @@ def test_plot_schedule_writes_a_picture_and_says_what_it_shows(
 ) -> None:
     out = tmp_path / "new" / "s.png"
     saved = tmp_path / "mmts.yaml"
-    write_record(saved, record(Config(MAX_MARGIN, 0.2, 0.17, 0.3, str(data.table)), 70, None, "AVION", "checkout"))
+    write_record(
+        saved, record(Config("mmts-max-margin", 0.2, 0.17, 0.3, str(data.table)), 70, None, "AVION", "checkout")
+    )
     assert main(["plot", "schedule", "--preset", "clip-cc3m", "--config", str(saved), "-o", str(out)]) == 0
     said = capsys.readouterr().out
     assert "clip-cc3m: temperature 0.03 (rarest, at the lowest) to 0.12 (most common, at the highest)" in said
@@ -195,7 +188,9 @@ def test_plot_schedule_writes_a_picture_and_says_what_it_shows(
 
 def test_plot_schedule_takes_a_configs_own_length_and_table(data: Data, tmp_path: Path) -> None:
     saved = tmp_path / "mmts.yaml"
-    write_record(saved, record(Config(INFONCE, 0.04, 0.05, 0.1, str(data.table)), 70, None, "open_clip_torch", "3.3.0"))
+    write_record(
+        saved, record(Config("mmts-infonce", 0.04, 0.05, 0.1, str(data.table)), 70, None, "open_clip_torch", "3.3.0")
+    )
     (plan,) = schedule.plans([], [str(saved)], None, None, {}, 1000)
     assert plan.total_steps == 70
     assert plan.schedule.period == 14
@@ -328,7 +323,7 @@ def test_report_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for row, size in zip(rows, sizes):
         shift = 0.05 + (size - sizes.min()) / (sizes.max() - sizes.min()) * 0.05
         assert float(row["shift"]) == pytest.approx(shift, abs=1e-6)
-        assert float(row["highest"]) - float(row["lowest"]) == pytest.approx(PRESETS["clip-cc3m"].alpha)
+        assert float(row["highest"]) - float(row["lowest"]) == pytest.approx(presets()["clip-cc3m"].alpha)
         assert int(row["samples"]) == size
         assert row["words"].split()[0] == NOUNS[int(row["cluster"])]
     assert len(rows) == 8
@@ -591,7 +586,7 @@ def test_plots_without_matplotlib_name_the_extra(
 
 def test_the_command_line_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from mmts_plugins.report import command; "
+        "import sys; from mmts_plugins.commands import plot, report, schedule; "
         "print([name for name in ('torch', 'sklearn', 'matplotlib', 'pyarrow') if name in sys.modules])"
     )
     assert run_python("-c", code).stdout.strip() == "[]"
@@ -616,7 +611,7 @@ def score(value: float, **thirds: float) -> dict[str, Any]:
 def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (), **changes: Any) -> Path:
     """A run's folder as OpenCLIP and we leave it, with a log of every tenth step."""
     values = {"alpha": 0.04, "shift_min": 0.05, "shift_max": 0.1, **changes}
-    config = Config(INFONCE, clusters=str(made), **values)
+    config = Config("mmts-infonce", clusters=str(made), **values)
     found = ClusterTable.load(made)
     plan = Plan(vars(config), 100, found)
     tail, middle, head = (plan.shifts.get(name, 0.075) for name in ("tail", "middle", "head"))
@@ -893,7 +888,7 @@ def test_figures_of_runs_hold_what_was_configured_and_logged(
     lower = {"image_to_text_R@1": score(0.3, head=0.45, tail=0.1)}
     (two / "mmts_eval.json").write_text(json.dumps({"metrics": lower}))
     assert report(one, two, "-o", tmp_path / "out") == 0
-    plan = Plan(vars(Config(INFONCE, 0.04, 0.05, 0.1, str(made))), 100, ClusterTable.load(made))
+    plan = Plan(vars(Config("mmts-infonce", 0.04, 0.05, 0.1, str(made))), 100, ClusterTable.load(made))
 
     upper = figures["schedule.png"].axes[0]
     lines = {line.get_label(): line for line in upper.get_lines()}

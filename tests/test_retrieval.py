@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from mmts_plugins.errors import MMTSError
 from mmts_plugins.evaluation.model import encode
-from mmts_plugins.retrieval import (
+from mmts_plugins.evaluation.retrieval import (
     class_embeddings,
     class_means,
     class_ranks,

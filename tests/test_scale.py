@@ -53,7 +53,7 @@ def serial(monkeypatch: pytest.MonkeyPatch) -> type[Serial]:
         pass
 
     monkeypatch.setattr(ray_engine, "_Pool", Pool)
-    monkeypatch.setattr("mmts_plugins.clustering.command.metadata.version", lambda name: "0")
+    monkeypatch.setattr("mmts_plugins.versions.metadata.version", lambda name: "0")
     small = stages.Job
     monkeypatch.setattr(stages, "Job", lambda *args: small(*args, part_rows=200))
     return Pool

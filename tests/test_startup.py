@@ -27,6 +27,8 @@ needs_openclip = pytest.mark.skipif(
     importlib.util.find_spec("open_clip_train") is None, reason="needs the extra: pip install 'mmts-plugins[openclip]'"
 )
 
+REGISTRY = "from mmts_plugins.hosts import registry"
+
 
 def flags(model, data, logs, **changes) -> list[str]:
     given = {"train_data": data.csv, "dataset_type": "csv", "loss": "mmts", "mmts_clusters": data.table, "epochs": 1}
@@ -310,7 +312,7 @@ def test_launcher_finds_modules_where_python_would(tmp_path):
 
 # -- the start-up file -------------------------------------------------------------------------------------------------
 
-LOADED = "import sys; print(sorted({'torch', 'pluggy', 'mmts_plugins.registry', 'argparse'} & set(sys.modules)))"
+LOADED = "import sys; print(sorted({'torch', 'pluggy', 'mmts_plugins.hosts.registry', 'argparse'} & set(sys.modules)))"
 
 
 @needs_startup_file
@@ -323,13 +325,20 @@ def test_unrelated_processes_are_left_alone():
 
 def test_the_switch_arms_without_being_asked():
     done = started(LOADED, MMTS="1").stdout.strip()
-    assert "'mmts_plugins.registry', 'pluggy'" in done
+    assert "'mmts_plugins.hosts.registry', 'pluggy'" in done
 
 
 @pytest.mark.parametrize("arguments", [[], ["--loss", "mse"], ["--loss-dist-impl", "reduce"]])
 def test_what_does_not_ask_arms_nothing(arguments):
-    loaded = "import sys; print('mmts_plugins.registry' in sys.modules)"  # pluggy is pytest's too
-    assert started(loaded, *arguments).stdout.strip() == "False"
+    armed = f"from mmts_plugins import _startup; {REGISTRY}; print(_startup._started, registry._hosts)"
+    assert started(armed, *arguments).stdout.strip() == "False []"
+
+
+def test_arming_imports_nothing_that_a_trainer_has_not():
+    """Before a trainer's own start-up code (sitecustomize, say) has had its chance, and in torchrun's agent."""
+    heavy = "{'torch', 'numpy', 'pyarrow', 'yaml'}"
+    code = f"import sys, mmts_plugins; mmts_plugins.install(); print({heavy} & set(sys.modules))"
+    assert run_python("-c", code, PYTHONPATH=str(REPOSITORY)).stdout.strip() == "set()"
 
 
 def test_start_up_costs_less_than_5_ms_and_imports_nothing():
@@ -343,7 +352,14 @@ def test_start_up_costs_less_than_5_ms_and_imports_nothing():
     for _ in range(40):
         done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
         cost, *imported = done.stdout.split()
-        assert imported == ["__future__", "mmts_plugins", "mmts_plugins._hooks", "mmts_plugins._startup"]
+        assert imported == [
+            "__future__",
+            "mmts_plugins",
+            "mmts_plugins._hooks",
+            "mmts_plugins._startup",
+            "mmts_plugins.patches",
+            "mmts_plugins.patches._before",
+        ]
         milliseconds.append(float(cost))
     assert statistics.median(milliseconds) < 5
 
@@ -395,6 +411,8 @@ def test_a_broken_installation_refuses_instead_of_training_plain_clip(tmp_path):
         """
         import sys
         sys.argv = ["x", "--loss", "mmts"]; sys.orig_argv = sys.argv
+        for name in [name for name in sys.modules if name.startswith("mmts_plugins.hosts")]:
+            del sys.modules[name]
         sys.modules["pluggy"] = None  # as if the dependency were missing
         import mmts_plugins._startup as s
         s._started = False
@@ -414,7 +432,7 @@ def test_a_broken_installation_refuses_instead_of_training_plain_clip(tmp_path):
 HOST = """
 import sys
 sys.path.insert(0, {folder!r})
-from mmts_plugins.patches._target import Host, Seam
+from mmts_plugins.hosts.host import Host, Seam
 from mmts_plugins import _hooks
 def wrapper(original, *args): return "ours:" + original(*args)
 host = Host("Tiny", "tiny-host", "tiny", "1.0", (Seam("tiny.leaf", "make", ("args",), wrapper),), ("tiny.main",))
@@ -580,6 +598,7 @@ def test_openclip_tells_before_it_builds_a_model(monkeypatch):
     parse_args([])  # without us it is none of our business
 
 
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 does not hook modules in a zip: no exec_module")
 def test_a_loader_that_takes_no_attributes_or_is_shared_is_hooked(tmp_path):
     import zipfile
 
@@ -632,8 +651,8 @@ def test_two_copies_of_us_do_not_ask_each_other_for_ever(tiny):
 # -- adapters of others ------------------------------------------------------------------------------------------------
 
 ADAPTER = """
-from mmts_plugins.patches._target import Host, Seam
-from mmts_plugins.registry import hookimpl
+from mmts_plugins.hosts.host import Host, Seam
+from mmts_plugins.hosts.registry import hookimpl
 def wrapper(original, *args): return "ours:" + original(*args)
 @hookimpl
 def mmts_host():
@@ -679,7 +698,7 @@ def test_an_adapter_of_somebody_else_is_used(adapters):
     path = adapters(good=ADAPTER)
     done = launch("-m", "tiny.main", "--loss", "mmts", PYTHONPATH=path)
     assert done.stdout.strip() == "ours:plain trained ['--loss', 'mmts']"
-    done = python("from mmts_plugins import registry; print([h.name for h in registry.hosts()], registry.broken())",
+    done = python(f"{REGISTRY}; print([h.name for h in registry.hosts()], registry.broken())",
                   PYTHONPATH=path)  # fmt: skip
     built_in = "'OpenCLIP', 'AVION', 'VAST', 'VAST (vast_utils)', 'GRAM'"
     assert done.stdout.strip() == f"[{built_in}, 'Tiny'] []"
@@ -687,7 +706,7 @@ def test_an_adapter_of_somebody_else_is_used(adapters):
 
 def test_a_broken_adapter_stops_nobody_else(adapters):
     path = adapters(**{name: text for name, (text, _) in FAULTS.items()}, good=ADAPTER)
-    code = "from mmts_plugins import registry; print(*(h.name for h in registry.hosts())); "
+    code = "from mmts_plugins.hosts import registry; print(*(h.name for h in registry.hosts())); "
     done = python(code + "print(*registry.broken(), sep='\\n')", PYTHONPATH=path)
     names, *lines = done.stdout.splitlines()
     assert names == "OpenCLIP AVION VAST VAST (vast_utils) GRAM Tiny"
@@ -719,7 +738,7 @@ def test_a_broken_adapter_is_told_where_its_host_may_be_meant(adapters):
 def test_an_adapter_that_fails_while_it_is_armed_is_left_out(adapters):
     odd = "class Odd(Host):\n    def install(self, module=None): 1 / 0\n"
     path = adapters(late=ADAPTER.replace("def wrapper", odd + "def wrapper").replace("return Host", "return Odd"))
-    code = "import mmts_plugins; mmts_plugins.install(); from mmts_plugins import registry; print(*registry.broken())"
+    code = f"import mmts_plugins; mmts_plugins.install(); {REGISTRY}; print(*registry.broken())"
     done = python(code + "; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path)
     assert "the adapter 'Tiny' (tiny-host) cannot be used: ZeroDivisionError" in done.stdout
     assert done.stdout.splitlines()[-1] == "OpenCLIP AVION VAST VAST (vast_utils) GRAM"
@@ -734,12 +753,14 @@ def test_damaged_metadata_of_others_is_passed_over(adapters, tmp_path):
     ):
         (tmp_path / f"{name}-1.0.dist-info").mkdir()
         (tmp_path / f"{name}-1.0.dist-info" / "entry_points.txt").write_bytes(text)
-    done = python("from mmts_plugins import registry; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path)
+    done = python(
+        "from mmts_plugins.hosts import registry; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path
+    )
     assert done.stdout.strip() == "OpenCLIP AVION VAST VAST (vast_utils) GRAM Tiny"
 
 
 def test_every_built_in_host_is_registered_by_entry_point():
-    from mmts_plugins import registry
+    from mmts_plugins.hosts import registry
 
     hosts = {host.name: host for host in registry.hosts()}
     assert {name: len(host.seams) for name, host in hosts.items()} == {
@@ -769,7 +790,8 @@ def test_every_built_in_host_is_registered_by_entry_point():
 
 def test_faults_of_ours_are_one_line_and_the_hosts_tracebacks_stay(tiny):
     code = """
-    from mmts_plugins import registry, schedule
+    from mmts_plugins import schedule
+    from mmts_plugins.hosts import registry
     registry._hosts = [host]
     registry.quiet_excepthook()
     registry.quiet_excepthook()
@@ -808,17 +830,17 @@ def test_doctor_sees_every_seam(data, tmp_path):
     assert done.returncode == (0 if INSTALLED else 1)
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1")
-    done = run_forked("-m", "mmts_plugins", "doctor", "--clusters", broken)
+    done = run_forked("-m", "mmts_plugins", "doctor", "--table", broken)
     assert done.returncode == 1
     assert "broken.parquet: not a readable Parquet file" in done.stdout
 
 
-DOCTOR = "from mmts_plugins import cli, registry; code = cli.main(['doctor']); print('code', code)"
+DOCTOR = f"from mmts_plugins import cli; {REGISTRY}; code = cli.main(['doctor']); print('code', code)"
 
 
 def test_doctor_names_what_others_have_broken(adapters):
     path = adapters(lacks=FAULTS["lacks"][0], good=ADAPTER)
-    quick = "from mmts_plugins import registry; registry.hosts(); del registry._hosts[:5]; "
+    quick = f"{REGISTRY}; registry.hosts(); del registry._hosts[:5]; "
     done = python(quick + DOCTOR, PYTHONPATH=path)
     lines = done.stdout.splitlines()
     assert "  PROBLEM  the adapter 'lacks' (adapter_lacks of adapter-lacks) cannot be used: ModuleNotFoundError: " \
@@ -831,7 +853,8 @@ def test_doctor_names_what_others_have_broken(adapters):
 def test_doctor_survives_hosts_that_cannot_be_asked(adapters):
     path = adapters(good=ADAPTER)
     odd = """
-    from mmts_plugins import registry, cli
+    from mmts_plugins import cli
+    from mmts_plugins.hosts import registry
     *_, host = registry.hosts()
     registry._hosts[:] = [host]
     host.version = lambda: {version}
@@ -859,7 +882,8 @@ def test_doctor_in_a_checkout_that_is_not_installed(tmp_path):
         from importlib import metadata
         def nothing(name): raise metadata.PackageNotFoundError(name)
         metadata.files = metadata.version = nothing
-        from mmts_plugins import cli, registry
+        from mmts_plugins import cli
+        from mmts_plugins.hosts import registry
         registry.hosts(); registry._hosts[:] = registry._hosts[1:2]
         print("code", cli.main(["doctor"]))
         """

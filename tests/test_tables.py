@@ -15,9 +15,9 @@ import pytest
 
 from mmts_plugins import clusters, large
 from mmts_plugins.clusters import ClusterTable
-from mmts_plugins.config import check_resume, write_record
 from mmts_plugins.errors import ConfigError, TableError
 from mmts_plugins.plan import named_table
+from mmts_plugins.record import check_resume, write_record
 
 COLUMNS: dict[str, Any] = {
     "keys": ["a dog", "A cat", "zwei Vögel", ""],

@@ -17,9 +17,9 @@ import reference
 import torch
 from conftest import REPOSITORY, run_python
 from forked import free_port, one_rank, run_forked
+from resolving import resolve
 
 from mmts_plugins.clusters import CLASS, ClusterTable
-from mmts_plugins.config import resolve
 from mmts_plugins.errors import ConfigError
 from mmts_plugins.lookup import KeyLookup
 
@@ -464,7 +464,7 @@ def test_a_bypassed_seam_stops_the_run(bypassed, data, tmp_path):
     module = "model__vast" if bypassed == "forward_ret" else "utils__pipeline"
     done = plain_run(tmp_path, data, *data.ours, root=changed(tmp_path, **{module: edits[bypassed]}))
     assert done.returncode != 0
-    expected = {"forward_ret": "step 1 went by without forward_ret", "get_lr_sched": "without its number: no clock"}
+    expected = {"forward_ret": "step 0 went by without the MM-TS loss", "get_lr_sched": "without its number: no clock"}
     assert expected[bypassed] in done.stdout.splitlines()[-1]
 
 
@@ -472,7 +472,7 @@ def test_a_bypassed_seam_stops_the_run(bypassed, data, tmp_path):
 def test_other_hosts_refuse_what_is_for_vast(flag, value):
     flags = {"loss": "mmts", "mmts_no_shifts": True, flag: value}
     with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} is for VAST"):
-        resolve(flags, "mmts-infonce", {"mmts-infonce": "clip-cc3m"})
+        resolve(flags)
 
 
 def test_keys_are_found_by_their_text():
@@ -577,7 +577,7 @@ def test_help_lists_our_flags(data, tmp_path):
 
 def test_doctor(tmp_path):
     code = (
-        "from mmts_plugins import cli, registry; from mmts_plugins.patches import vast; "
+        "from mmts_plugins import cli; from mmts_plugins.hosts import registry; from mmts_plugins.patches import vast; "
         "registry._hosts = list(vast.HOSTS); raise SystemExit(cli.main(['doctor']))"
     )
     done = run_forked("-c", code, PYTHONPATH=str(STAND_IN))

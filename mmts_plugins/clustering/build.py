@@ -1,4 +1,4 @@
-"""Samples and their clusters or classes to a ClusterTable. Rows are samples (or distinct captions), keys are distinct.
+"""Captions and their clusters or labels to a ClusterTable. Rows are samples (or distinct captions), keys are distinct.
 
 Clusters are numbered by descending size and keys stand in first-seen order, so that tables are readable and the same
 input gives the same content hash.
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..clusters import CLASS, ClusterTable
+from ..clusters import ClusterTable
 
 
 def distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -37,11 +37,6 @@ def by_size(cluster: np.ndarray, count: np.ndarray) -> np.ndarray:
     rank = np.empty(len(sizes), np.int64)
     rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
     return rank[cluster]
-
-
-def class_table(ids: Sequence[str], count: np.ndarray, info: dict[str, Any]) -> ClusterTable:
-    """One key per class; its frequency is its count."""
-    return ClusterTable.build(ids, by_size(np.arange(len(ids)), count), count, count, CLASS, info)
 
 
 def labelled_table(captions: Sequence[str], labels: Sequence[str], info: dict[str, Any]) -> tuple[ClusterTable, int]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kmeans import pick_device
-from .rows import Rows, priorities, sample
+from ..data.rows import Rows
+from ..device import pick_device
+from .sampling import priorities, sample
 
 REFERENCES = 32_768
 

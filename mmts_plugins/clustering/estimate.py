@@ -8,8 +8,8 @@ from typing import Any, Optional
 
 import numpy as np
 
+from ..data.rows import Rows
 from . import density, kmeans
-from .rows import Rows
 
 ESTIMATORS = ("kmeans", "radius", "knn")
 NEIGHBOURS = 50

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.rows import Rows
+from ..device import pick_device
 from ..errors import ConfigError, MMTSError
-from .rows import Rows, priorities, sample
+from .sampling import priorities, sample
 
 ALGORITHMS = ("sample", "lloyd", "sklearn", "faiss")
 FIT_ROWS = 256
@@ -85,7 +87,7 @@ def cluster(
             of CPU; another number may round otherwise and move rows that lie between two centres.
         algorithm: ``sample`` (k-means++ and at most 25 iterations on ``fit_rows`` rows per cluster), ``lloyd`` (the
             same on all rows, until it stands), ``sklearn`` or ``faiss``.
-        hashes: ``[n]`` uint64, what the sample is drawn by (:func:`.rows.caption_hashes`); default: the row's number.
+        hashes: ``[n]`` uint64, what the sample is drawn by (:func:`~..hashing.hash_strings`); default: row numbers.
         fit_rows: rows of the sample per cluster.
         device: of ``sample`` and ``lloyd``; ``None`` takes a GPU if there is one.
 
@@ -132,7 +134,7 @@ def too_few(found: int, clusters: int) -> ConfigError:
     """The error for data that cannot fill the clusters."""
     return ConfigError(
         f"only {found} of {clusters} clusters hold a sample: too many embeddings are equal; "
-        f"lower -k/--clusters to {found} or less, or use an encoder that tells the captions apart"
+        f"lower -k to {found} or less, or use an encoder that tells the captions apart"
     )
 
 
@@ -147,11 +149,6 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def pick_device(device: Optional[str]) -> torch.device:
-    """The device asked for, else a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def fit(
     points: np.ndarray, weight: np.ndarray, clusters: int, seed: int, device: Optional[str] = None,
     iterations: int = ITERATIONS,
@@ -159,7 +156,7 @@ def fit(
     """k-means++ and at most ``iterations`` of Lloyd over rows held in memory.
 
     Args:
-        points: ``[m, d]`` float32, in random order (:func:`.rows.sample`'s): the start is drawn from the first of them.
+        points: ``[m, d]`` float32, in random order (:func:`.sampling.sample`'s): the start is drawn from the first.
         weight: ``[m]``.
 
     Returns:

@@ -19,11 +19,11 @@ from typing import Any, Optional
 import numpy as np
 
 from .._files import replacing
+from ..data.captions import units
+from ..data.rows import Rows
 from ..errors import MMTSError
 from . import kmeans, stability
 from .estimate import Estimate
-from .rows import Rows
-from .sources import units
 from .stages import Job, Worker, choose, plan_merge, read_part
 
 

@@ -16,8 +16,8 @@ from typing import Any, Optional
 import numpy as np
 
 from ..clusters import cluster_shift
+from ..data.rows import Rows
 from .estimate import Estimate, Recipe, estimate
-from .rows import Rows
 
 STEADY, USABLE = 0.9, 0.7
 

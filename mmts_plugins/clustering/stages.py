@@ -29,12 +29,16 @@ import pyarrow.parquet as pq
 
 from .._files import replacing
 from ..clusters import ClusterTable
+from ..data import cache
+from ..data.captions import caption_batches
+from ..data.encoders import TextEncoder
+from ..data.rows import Rows
+from ..data.source import Source
 from ..errors import ConfigError, MMTSError, reading
-from . import cache, kmeans
-from .encoders import TextEncoder
+from ..hashing import hash_strings
+from . import kmeans
 from .estimate import Recipe
-from .rows import Rows, caption_hashes, priorities
-from .sources import Source, caption_batches
+from .sampling import priorities
 
 BUCKETS = 256  # hash ranges that an input file is split into
 PART_ROWS = 262_144  # captions of a part before duplicates across input files are merged
@@ -120,7 +124,7 @@ class Worker:
             one = pa.table({"key": pa.array(captions, pa.large_string())})
             one = one.append_column("count", pa.array(np.ones(len(one), np.int64)))
             counts = _merged(pa.concat_tables([counts, one]))
-        hashes = caption_hashes(counts["key"].to_pylist())
+        hashes = hash_strings(counts["key"].to_pylist())
         order = np.argsort(hashes, kind="stable")
         counts = counts.append_column("hash", pa.array(hashes)).take(order)
         ends = np.searchsorted(hashes[order] >> np.uint64(56), np.arange(BUCKETS + 1, dtype=np.uint64))
@@ -266,7 +270,7 @@ def choose(job: Job, parts: int) -> tuple[list[np.ndarray], list[np.ndarray], in
 
     Returns:
         For each run ``[m]`` numbers of rows (over all parts) by descending priority, and ``[m]`` their weights, as
-        :func:`.rows.sample` gives them; and how many distinct captions there are.
+        :func:`.sampling.sample` gives them; and how many distinct captions there are.
     """
     recipe = job.recipe
     size = recipe.fit_rows * recipe.clusters

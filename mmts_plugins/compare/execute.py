@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .._files import replacing
-from ..demo.train import run_logged
-from ..demo.train import shown as typed
 from ..errors import MMTSError, last_resort, reading, shown
 from ..fields import NUMBER, TEXT, WHOLE, Field, check_mapping
+from ..processes import run_logged
+from ..processes import shown as typed
 from . import tables
 from .lock import locked
 from .plan import Plan, Run, launched

@@ -14,6 +14,7 @@ from typing import Any, Optional
 from .._files import replacing
 from ..errors import MMTSError, one_line, reading, shown
 from ..fields import NUMBER, TEXT, Field
+from ..markdown import padded
 from .plan import Plan
 
 GROUPS = ("all", "head", "mid", "tail")
@@ -117,7 +118,7 @@ def markdown(plan: Plan, found: dict[str, Any], table_metrics: Optional[list[str
             if any(entries):
                 cells = (_cell(entry, name, sign="+") for entry, name in zip(entries, metrics))
                 rows.append([f"{variant} − {plan.variants[0]}", _seeds(entries), *cells])
-        lines += _table(rows)
+        lines += padded(rows)
     return "\n".join(lines) + "\n"
 
 
@@ -136,12 +137,6 @@ def _cell(entry: Optional[dict[str, Any]], name: str, sign: str = "") -> str:
     scale = 1 if "rank" in name else 100
     text = f"{round(scale * entry['mean'], 1) + 0:{sign}.1f}"  # + 0: no -0.0
     return text if entry["sd"] is None else f"{text} ± {scale * entry['sd']:.1f}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 def write(plan: Plan, state: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def evaluate(model: str, checkpoint: Path, folder: Path, parts: Split) -> Scores
     import torch
 
     from ..evaluation.model import encode, load_model
-    from ..retrieval import class_embeddings, ranks, recall_at, zero_shot_accuracy
+    from ..evaluation.retrieval import class_embeddings, ranks, recall_at, zero_shot_accuracy
 
     frame = pd.read_csv(folder / "data" / "val.tsv", sep="\t")
     images = [folder / path for path in frame[IMAGE_KEY]]

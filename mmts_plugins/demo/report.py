@@ -13,7 +13,8 @@ import numpy as np
 
 from .._files import replacing
 from ..clusters import ClusterTable
-from ..config import read_record
+from ..markdown import line
+from ..record import read_record
 from ..report.concepts import Concepts
 from ..report.logs import record_beside
 from ..report.page import embedded, shell
@@ -34,11 +35,13 @@ def comparison_table(rows: Iterable[Row]) -> str:
     rows = list(rows)
     width = max(len(name) for name, _, _ in rows)
     lines = [
-        f"| {'%':<{width}} | plain CLIP | MM-TS | difference |",
+        line([f"{'%':<{width}}", "plain CLIP", "MM-TS", "difference"]),
         f"|:{'-' * width}-|-----------:|------:|-----------:|",
     ]
     for name, plain, mmts in rows:
-        lines.append(f"| {name:<{width}} | {_percent(plain):>10} | {_percent(mmts):>5} | {_points(plain, mmts):>10} |")
+        lines.append(
+            line([f"{name:<{width}}", f"{_percent(plain):>10}", f"{_percent(mmts):>5}", f"{_points(plain, mmts):>10}"])
+        )
     return "\n".join(lines) + "\n"
 
 

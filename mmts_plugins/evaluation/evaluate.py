@@ -1,10 +1,11 @@
-"""From the flags of ``mmts eval`` to its numbers."""
+"""What is asked of ``mmts eval``, and its numbers."""
 
 from __future__ import annotations
 
-import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,19 +13,69 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..clustering.sources import load_npy, read_embeddings
+from .. import __version__, markdown
+from .._files import replacing
 from ..clusters import CLASS, ClusterTable
 from ..config import THIRDS
-from ..errors import ConfigError, MMTSError, reading, shown
-from ..retrieval import KS, class_embeddings, class_ranks, graded, ranks
+from ..data.embeddings import load_npy, read_embeddings
+from ..errors import ConfigError, MMTSError, cause, reading, shown
+from ..versions import installed_version
 from . import frequency, relevancy, sets
 from .model import encode_images, encode_texts, load_model
+from .retrieval import KS, class_embeddings, class_ranks, graded, ranks
 from .statistics import Measure, Queries, cell, class_mean, mean, median, summarise
 
 TEMPLATE = "a photo of a {}."
 IMAGES, TEXTS = "image", "text"
 WAYS = {IMAGES: "image_to_text", TEXTS: "text_to_image"}
 _TITLES = {"image_to_text": "image → text", "text_to_image": "text → image", "mean": "mean", "zero_shot": "zero-shot"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate and how: the flags of ``mmts eval``, by their names.
+
+    Attributes:
+        data: images and captions, and ``format`` to ``captions_per_image`` how to read them (:class:`~.sets.Reading`).
+        model, checkpoint, pretrained: what encodes them, with ``batch_size`` on ``device``; or there are features:
+        image_features, text_features, class_features: files of them.
+        text_image: without data, the file of each caption's image.
+        table: the cluster table of the training set, and ``encoder`` what finds a caption's nearest in it.
+        relevancy: a file of graded relevance; ``ek100`` and ``ek100_sentences`` files that it is computed from.
+        classes, templates: files of class names and prompts, for zero-shot classification.
+        no_retrieval: that alone.
+        resamples, seed: of the bootstrap.
+    """
+
+    data: Optional[str] = None
+    format: str = "auto"
+    image_column: str = "filepath"
+    column: Optional[str] = None
+    separator: str = "\t"
+    match_column: Optional[str] = None
+    label_column: Optional[str] = None
+    image_root: Optional[str] = None
+    split: str = "test"
+    captions_per_image: Optional[int] = None
+    model: Optional[str] = None
+    checkpoint: Optional[str] = None
+    pretrained: Optional[str] = None
+    batch_size: int = 256
+    device: Optional[str] = None
+    image_features: Optional[str] = None
+    text_features: Optional[str] = None
+    class_features: Optional[str] = None
+    text_image: Optional[str] = None
+    table: Optional[str] = None
+    encoder: str = "tfidf"
+    relevancy: Optional[str] = None
+    ek100: Optional[str] = None
+    ek100_sentences: Optional[str] = None
+    classes: Optional[str] = None
+    templates: Optional[str] = None
+    no_retrieval: bool = False
+    resamples: int = 1000
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,38 +119,41 @@ class Task:
     notes: list[str] = field(default_factory=list)
 
 
-def evaluate(args: argparse.Namespace) -> Result:
-    """Read, encode and measure what the flags say.
+def evaluate(asked: Request) -> Result:
+    """Read, encode and measure.
 
     Raises:
         MMTSError: a file or a flag cannot be used.
     """
-    table = ClusterTable.load(args.table) if args.table else None
-    if args.ek100:
-        task = _ek100(args, table)
-    elif args.data is None:
-        task = _bare_features(args)
+    table = ClusterTable.load(asked.table) if asked.table else None
+    if asked.ek100:
+        task = _ek100(asked, table)
+    elif asked.data is None:
+        task = _bare_features(asked)
     else:
-        task = _from_data(args, table)
-    return _measured(task, table, args.resamples, args.seed)
+        task = _from_data(asked, table)
+    return _measured(task, table, asked.resamples, asked.seed)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _ek100(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
-    annotations = relevancy.read_ek100(args.ek100, args.ek100_sentences, args.label_column or "noun_class")
-    images = _features(args.image_features, "--image-features")
-    texts = _features(args.text_features, "--text-features", images, args.image_features)
+def _ek100(asked: Request, table: Optional[ClusterTable]) -> Task:
+    assert asked.ek100 is not None
+    assert asked.image_features is not None
+    assert asked.text_features is not None
+    annotations = relevancy.read_ek100(asked.ek100, asked.ek100_sentences, asked.label_column or "noun_class")
+    images = _features(asked.image_features, "--image-features")
+    texts = _features(asked.text_features, "--text-features", images, asked.image_features)
     clips, captions = len(annotations.labels), len(annotations.captions)
-    _check_rows(args.image_features, len(images), clips, f"clips in {args.ek100}")
+    _check_rows(asked.image_features, len(images), clips, f"clips in {asked.ek100}")
     if len(texts) == clips:  # as AVION has them: one text per clip
         texts = texts[torch.from_numpy(annotations.clip_of)]
-    _check_rows(args.text_features, len(texts), captions, f"captions of {args.ek100} (or {clips}, one per clip)")
+    _check_rows(asked.text_features, len(texts), captions, f"captions of {asked.ek100} (or {clips}, one per clip)")
     task = Task(images, texts, np.arange(clips), np.arange(captions), annotations.relevancy())
-    if not args.ek100_sentences and captions != clips:
+    if not asked.ek100_sentences and captions != clips:
         task.notes.append(
-            f"{captions} captions in the order of {args.ek100}; --ek100-sentences gives the published order"
+            f"{captions} captions in the order of {asked.ek100}; --ek100-sentences gives the published order"
         )
     if table is not None:
         task.image_frequency, notes = frequency.of_classes(table, annotations.labels)
@@ -108,47 +162,50 @@ def _ek100(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
     return task
 
 
-def _bare_features(args: argparse.Namespace) -> Task:
-    images = _features(args.image_features, "--image-features")
-    texts = _features(args.text_features, "--text-features", images, args.image_features)
+def _bare_features(asked: Request) -> Task:
+    assert asked.image_features is not None
+    assert asked.text_features is not None
+    images = _features(asked.image_features, "--image-features")
+    texts = _features(asked.text_features, "--text-features", images, asked.image_features)
     owner = np.arange(len(texts))
-    if args.text_image:
-        owner = _read_index(args.text_image, len(texts), len(images))
-    elif not args.relevancy and len(texts) != len(images):
+    if asked.text_image:
+        owner = _read_index(asked.text_image, len(texts), len(images))
+    elif not asked.relevancy and len(texts) != len(images):
         raise ConfigError(
             f"{len(images)} images and {len(texts)} captions: whose is each caption? Give --text-image FILE, or DATA"
         )
     task = Task(images, texts, np.arange(len(images)), owner)
-    if args.relevancy:
-        task.relevancy = relevancy.read_matrix(args.relevancy, len(images), len(texts))
+    if asked.relevancy:
+        task.relevancy = relevancy.read_matrix(asked.relevancy, len(images), len(texts))
     return task
 
 
-def _from_data(args: argparse.Namespace, table: Optional[ClusterTable]) -> Task:
+def _from_data(asked: Request, table: Optional[ClusterTable]) -> Task:
+    assert asked.data is not None
     samples = sets.read(
         sets.Reading(
-            data=args.data,
-            format=args.format,
-            image_column=args.image_column,
-            caption_column=args.column,
-            separator=args.separator,
-            match_column=args.match_column,
-            label_column=args.label_column,
-            image_root=args.image_root,
-            split=args.split,
-            captions_per_image=args.captions_per_image,
-            captions=not args.no_retrieval,
+            data=asked.data,
+            format=asked.format,
+            image_column=asked.image_column,
+            caption_column=asked.column,
+            separator=asked.separator,
+            match_column=asked.match_column,
+            label_column=asked.label_column,
+            image_root=asked.image_root,
+            split=asked.split,
+            captions_per_image=asked.captions_per_image,
+            captions=not asked.no_retrieval,
         )
     )
-    names = _lines(args.classes, "--classes") if args.classes else []
-    labels = _label_numbers(samples.image_labels, names, args.classes) if names else None
-    task = _saved(args, samples, names) if args.image_features else _encoded(args, samples, names)
+    names = _lines(asked.classes, "--classes") if asked.classes else []
+    labels = _label_numbers(samples.image_labels, names, asked.classes) if names and asked.classes else None
+    task = _saved(asked, samples, names) if asked.image_features else _encoded(asked, samples, names)
     task.labels, task.image_group, task.text_group = labels, samples.image_group, samples.caption_group
     task.notes[:0] = samples.notes
-    if args.relevancy:
-        task.relevancy = relevancy.read_matrix(args.relevancy, len(samples.images), len(samples.captions))
+    if asked.relevancy:
+        task.relevancy = relevancy.read_matrix(asked.relevancy, len(samples.images), len(samples.captions))
     if table is not None:
-        _look_up(task, samples, table, args.encoder)
+        _look_up(task, samples, table, asked.encoder)
     return task
 
 
@@ -168,28 +225,32 @@ def _look_up(task: Task, samples: sets.Samples, table: ClusterTable, encoder: st
     task.notes.extend(notes)
 
 
-def _saved(args: argparse.Namespace, samples: sets.Samples, names: Sequence[str]) -> Task:
-    images = _features(args.image_features, "--image-features")
-    _check_rows(args.image_features, len(images), len(samples.images), f"images in {args.data}")
+def _saved(asked: Request, samples: sets.Samples, names: Sequence[str]) -> Task:
+    assert asked.image_features is not None
+    images = _features(asked.image_features, "--image-features")
+    _check_rows(asked.image_features, len(images), len(samples.images), f"images in {asked.data}")
     task = Task(images)
-    if not args.no_retrieval:
-        task.texts = _features(args.text_features, "--text-features", images, args.image_features)
-        _check_rows(args.text_features, len(task.texts), len(samples.captions), f"captions in {args.data}")
+    if not asked.no_retrieval:
+        assert asked.text_features is not None
+        task.texts = _features(asked.text_features, "--text-features", images, asked.image_features)
+        _check_rows(asked.text_features, len(task.texts), len(samples.captions), f"captions in {asked.data}")
     if names:
-        task.classes = _features(args.class_features, "--class-features", images, args.image_features)
-        _check_rows(args.class_features, len(task.classes), len(names), f"classes in {args.classes}")
+        assert asked.class_features is not None
+        task.classes = _features(asked.class_features, "--class-features", images, asked.image_features)
+        _check_rows(asked.class_features, len(task.classes), len(names), f"classes in {asked.classes}")
     return task
 
 
-def _encoded(args: argparse.Namespace, samples: sets.Samples, names: Sequence[str]) -> Task:
-    prompts = _prompts(args.templates, names)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, preprocess, tokenizer = load_model(args.model, args.checkpoint, device, args.pretrained)
-    task = Task(encode_images(model, preprocess, samples.images, args.batch_size, device))
-    if not args.no_retrieval:
-        task.texts = encode_texts(model, tokenizer, samples.captions, args.batch_size, device)
+def _encoded(asked: Request, samples: sets.Samples, names: Sequence[str]) -> Task:
+    assert asked.model is not None
+    prompts = _prompts(asked.templates, names)
+    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, preprocess, tokenizer = load_model(asked.model, asked.checkpoint, device, asked.pretrained)
+    task = Task(encode_images(model, preprocess, samples.images, asked.batch_size, device))
+    if not asked.no_retrieval:
+        task.texts = encode_texts(model, tokenizer, samples.captions, asked.batch_size, device)
     if names:
-        features = encode_texts(model, tokenizer, prompts, args.batch_size, device)
+        features = encode_texts(model, tokenizer, prompts, asked.batch_size, device)
         of_class = torch.arange(len(names)).repeat_interleave(len(prompts) // len(names))
         task.classes = class_embeddings(features, of_class, len(names))
     return task
@@ -362,11 +423,44 @@ def table(result: Result) -> str:
         title = f"{_TITLES[prefix]} {name[len(prefix) + 1 :].replace('_', ' ')}"
         entries = [entry, *(entry[third] for third in columns[1:])]
         rows.append([title, *(cell(each, percent="rank" not in name) for each in entries)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     said = []
     for kind, counts in result.queries.items():
         parts = ", ".join(f"{name} {number:,}" for name, number in counts.items() if name != "n")
         said.append(f"{counts['n']:,} {kind} queries" + (f" ({parts})" if parts else ""))
-    return "\n".join([*lines, "", "; ".join(said)])
+    return "\n".join([*markdown.padded(rows), "", "; ".join(said)])
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def write(asked: Request, result: Result, output: Path) -> None:
+    """Write the numbers as JSON.
+
+    Raises:
+        MMTSError: that is impossible; then they have been printed.
+    """
+    text = json.dumps(_record(asked, result), indent=2, allow_nan=False) + "\n"
+    try:
+        with replacing(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:  # a full disk: the work is not to be lost
+        print(table(result))
+        raise MMTSError(f"{output}: cannot be written: {cause(error)}; the numbers stand above") from error
+
+
+def _record(asked: Request, result: Result) -> dict[str, Any]:
+    """The content of the JSON file; docs/evaluation.md describes it."""
+    packages = ("numpy", "torch", *(["open_clip_torch"] if asked.model else []))
+    given = ("data", "model", "checkpoint", "pretrained", "table", "image_features", "text_features", "class_features",
+             "relevancy", "ek100", "classes", "templates")  # fmt: skip
+    return {
+        "format": 1,
+        "metrics": result.metrics,
+        "queries": result.queries,
+        **{name: getattr(asked, name) for name in given},
+        "table_hash": result.table_hash,
+        "bootstrap": {"resamples": asked.resamples, "seed": asked.seed, "level": 0.95},
+        "notes": result.notes,
+        "versions": {"mmts-plugins": __version__, **{name: installed_version(name) for name in packages}},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..clustering import encoders
 from ..clusters import CLASS, ClusterTable
+from ..data import encoders
 from ..errors import TableError, shown
 
 

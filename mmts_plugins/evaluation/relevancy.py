@@ -10,9 +10,11 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-from ..clustering.sources import Source, load_npy, read_samples
+from ..data.captions import read_samples
+from ..data.embeddings import load_npy
+from ..data.source import Source
 from ..errors import ConfigError, MMTSError, reading, shown
-from ..retrieval import Relevancy
+from .retrieval import Relevancy
 
 _CLASSES = re.compile(r"\[\s*\d+(\s*,\s*\d+)*\s*\]")
 _PICKLES = (".pkl", ".pickle", ".p")

@@ -14,7 +14,9 @@ from typing import Any, Optional, Union
 import numpy as np
 
 from .. import errors
-from ..clustering.sources import Source, read_samples, shards, tar_samples
+from ..data.captions import read_samples
+from ..data.source import Source
+from ..data.webdataset import shards, tar_samples
 from ..errors import ConfigError, MMTSError, cause, shown
 from .model import TarImage
 

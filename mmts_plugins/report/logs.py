@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 
 from .._files import PathLike
-from ..config import FILE_NAME, LOG_NAME, THIRDS, read_record
+from ..config import THIRDS
 from ..errors import ConfigError, cause, one_line, reading, shown
+from ..record import FILE_NAME, LOG_NAME, read_record
 
 if TYPE_CHECKING:
     from typing import TypeGuard

@@ -10,13 +10,16 @@ from typing import Any, Optional
 
 import numpy as np
 
+from .. import losses
 from .._files import replacing
 from ..clusters import CAPTION
-from ..config import FIELDS, FILE_NAME, RECORDED, THIRDS
+from ..config import THIRDS, of_options
 from ..errors import ConfigError, MMTSError, one_line, reading
 from ..fields import TEXT, WHOLE, Field, check_mapping
+from ..markdown import line
+from ..options import COMMON
 from ..plan import Plan, named_table
-from ..presets import INFONCE, MAX_MARGIN
+from ..record import FILE_NAME, RECORDED
 from .logs import Metric, Score, TrainingLog, read_run
 from .page import Page, number, slugs
 from .plots import HEAD, MIDDLE, MOST_PANELS, PLAIN, SERIES, TAIL, legend_above, literal, new_figure, save
@@ -33,7 +36,7 @@ _PLOTTED_METRICS = 100
 _TALLEST = 60  # inches of a figure
 _PLANNED = {
     **{
-        name: FIELDS[name]
+        name: of_options(COMMON)[name]
         for name in (
             "alpha",
             "shift_min",
@@ -45,7 +48,7 @@ _PLANNED = {
             "clusters",
         )
     },
-    "loss": Field(TEXT, choices=(INFONCE, MAX_MARGIN)),
+    "loss": Field(TEXT),
     "total_steps": Field(WHOLE, least=1),
     "table_hash": RECORDED["table_hash"],
 }
@@ -185,8 +188,8 @@ def _tables(page: Page, runs: Sequence[TrainingLog], plans: Sequence[tuple[Optio
         if plan is not None and plan.table is not None:
             table = plan.table
             rows.append([run.name, f"{len(table):,} {'captions' if table.kind == CAPTION else 'classes'}",
-                         f"{len(table.sizes):,}", f"{int(table.count.sum()):,}",
-                         f"{number(table.frequency.min())} to {number(table.frequency.max())}"])  # fmt: skip
+                         f"{table.clusters:,}", f"{table.samples:,}",
+                         f"{number(table.summary.low)} to {number(table.summary.high)}"])  # fmt: skip
     if rows:
         page.table(["", "keys", "clusters", "samples", "frequency"], rows)
         page.text("More about a table: mmts report TABLE -o DIR.", small=True)
@@ -278,7 +281,7 @@ def plot_schedule(path: Path, runs: Sequence[TrainingLog], plans: Sequence[Optio
             legend = (axes, plan)
         shifts = plan.shifts.values()
         half = plan.schedule.alpha / 2
-        said.append(f"{run.name}: {'margins' if plan.is_margin else 'temperatures'} from {min(shifts) - half:.4g} to "
+        said.append(f"{run.name}: {plan.kind.number}s from {min(shifts) - half:.4g} to "
                     f"{max(shifts) + half:.4g} over {plan.total_steps:,} steps")  # fmt: skip
     if legend is not None:
         legend_above(figure, legend[0], columns=3)
@@ -478,7 +481,7 @@ def _points(axes: Any, scores: Sequence[Score], at: Sequence[float], color: str,
 def model_card(run: TrainingLog) -> str:
     """A Markdown fragment for the model card of a run of ours, with the citation."""
     record = run.record
-    what = "temperature" if record.get("loss") == INFONCE else "margin"
+    what = losses.kind(record["loss"]).number
     lines = [
         "## Training with MM-TS",
         "",
@@ -490,16 +493,16 @@ def model_card(run: TrainingLog) -> str:
     ]
     # Of the table's path the last part alone: a card is shared, its author's folders are not.
     shown = {name: Path(str(value)).name if name == "clusters" and value else value for name, value in record.items()}
-    lines += [f"| {_cell(name)} | {_cell(_shown(value))} |" for name, value in shown.items()
+    lines += [line([_cell(name), _cell(_shown(value))]) for name, value in shown.items()
               if value not in (None, False) and name not in ("host", "host_version", "mmts_plugins")]  # fmt: skip
     if run.metrics:
         thirds = any(metric.thirds for metric in run.metrics.values())
         columns = ["all", *(("head", "middle", "tail") if thirds else ())]
-        lines += ["", "| metric | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        lines += ["", line(["metric", *columns]), "| --- |" + " ---: |" * len(columns)]
         for name, metric in run.metrics.items():
             cells = [shown_score(name, metric.score)]
             cells += [shown_score(name, metric.thirds.get(third)) for third in THIRDS] if thirds else []
-            lines.append(f"| {_cell(name.replace('_', ' '))} | {' | '.join(cells)} |")
+            lines.append(line([_cell(name.replace("_", " ")), *cells]))
         note = "Recalls, precisions and accuracies in per cent, 95% bootstrap intervals in brackets."
         lines += ["", note + (" Head, middle and tail: thirds of the training samples by frequency." if thirds else "")]
     return "\n".join([*lines, "", "```bibtex", CITATION, "```", ""])

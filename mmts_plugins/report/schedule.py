@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from ..adapters.openclip import DEFAULT_PRESETS
-from ..config import FIELDS, SMALLEST_CALM_TEMPERATURE, merge, read_record
+from ..config import SMALLEST_CALM_TEMPERATURE, merge, of_options
 from ..errors import ConfigError, shown
 from ..fields import WHOLE, Field
+from ..hosts.registry import adapters
+from ..options import COMMON
 from ..plan import Plan, named_table, read_table
-from ..presets import INFONCE
+from ..record import read_record
 from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, literal, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from ..hosts.adapter import Adapter
 
 _MOST_STEPS = 10**9
 _POINTS = 2000
@@ -49,8 +52,9 @@ def plans(
     """
     if "period" in changes and "num_oscillations" in changes:
         raise ConfigError("give either --num-oscillations or --period, not both")
+    fields = of_options(COMMON)
     for name, value in changes.items():
-        FIELDS[name].check(f"--{name.replace('_', '-')}", value)
+        fields[name].check(f"--{name.replace('_', '-')}", value)
     if total_steps is not None and total_steps > _MOST_STEPS:
         raise ConfigError(f"--total-steps is {shown(total_steps)}: too large")
     loaded = None if table is None else read_table(table)
@@ -58,22 +62,29 @@ def plans(
     found = [Plan.of_preset(name, steps, loaded, **changes) for name in presets]
     flags = {f"mmts_{name}": value for name, value in changes.items()}
     for path in configs:
-        values = merge({"mmts_config": path, **flags}, INFONCE, DEFAULT_PRESETS)
         record = read_record(path)
+        values = merge({"mmts_config": path, **flags}, _adapter_of(record))
         steps = total_steps if total_steps is not None else record.get("total_steps", default_steps)
         steps = Field(WHOLE, least=1, most=_MOST_STEPS).check(f"{path}: field 'total_steps'", steps)
         found.append(Plan(values, steps, loaded or named_table(record, path)[0], path))
     return found
 
 
+def _adapter_of(record: dict[str, Any]) -> Adapter:
+    """Of the host whose record this is; of any where that is not known: a record says all that is drawn."""
+    known = adapters()
+    host = record.get("host")
+    return next((each for each in known if host in (each.name, each.title, each.recorded)), known[0])
+
+
 def say(plan: Plan) -> str:
     """The plot of a plan in words: its range, how unequal negatives weigh at its ends, and the guard it breaks."""
     low, high = _range(plan)
-    what = "margin" if plan.is_margin else "temperature"
+    what = plan.kind.number
     names = list(plan.shifts)
     ends = "" if len(names) == 1 else f" ({names[0]}, at the lowest) to {high:.4g} ({names[-1]}, at the highest)"
     text = f"{plan.name}: {what} {low:.4g}" + (ends or f" to {high:.4g}")
-    if not plan.is_margin and low > 0:
+    if not plan.kind.is_margin and low > 0:
         text += (
             f"; a negative 0.1 less similar than the hardest weighs {math.exp(-0.1 / low):.1%} of it at the lowest, "
             f"{math.exp(-0.1 / high):.1%} at the highest"
@@ -113,20 +124,20 @@ def draw_run(axes: Axes, plan: Plan) -> None:
         curve = base + shift
         axes.plot(steps, curve, color=_COLOURS[name], linewidth=1 if edge else 2, linestyle=":" if edge else "-",
                   label=name if edge or plan.table is None else f"{name} third")  # fmt: skip
-        forbidden = curve < 0 if plan.is_margin else curve <= 0
+        forbidden = np.array([plan.kind.forbids(value) for value in curve])
         axes.plot(steps, np.where(forbidden, curve, np.nan), color=FORBIDDEN, linewidth=4, alpha=0.6)
     low, high = _range(plan)
     axes.set_ylim(min(0.0, low * 1.15), high * 1.06)
-    if low < 0 or (low == 0 and not plan.is_margin):
+    if low < 0 or (low == 0 and not plan.kind.is_margin):
         axes.axhspan(axes.get_ylim()[0], 0, color=FORBIDDEN, alpha=0.08)
         axes.axhline(0, color=FORBIDDEN, linewidth=1)
-    if not plan.is_margin and low < 2 * SMALLEST_CALM_TEMPERATURE:
+    if not plan.kind.is_margin and low < 2 * SMALLEST_CALM_TEMPERATURE:
         axes.axhline(SMALLEST_CALM_TEMPERATURE, color=FORBIDDEN, linewidth=1, linestyle="--")
         axes.annotate("0.01: a logit scale of 100", (steps[-1], SMALLEST_CALM_TEMPERATURE), (0, 2), fontsize=8,
                       textcoords="offset points", ha="right", color=FORBIDDEN,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
     axes.set_xlim(0, max(plan.total_steps - 1, 1))
-    axes.set_ylabel("margin" if plan.is_margin else "temperature")
+    axes.set_ylabel(plan.kind.number)
 
 
 def draw_base(axes: Axes, plan: Plan) -> None:
@@ -140,12 +151,7 @@ def draw_base(axes: Axes, plan: Plan) -> None:
 
 
 def draw_weights(axes: Axes, plan: Plan) -> None:
-    """Fig. 1 of the paper at the schedule's extremes.
-
-    InfoNCE: a negative's gradient weight against the hardest negative's, ``exp((s - s_hardest) / tau)``, which does not
-    depend on how the other negatives lie. Max-margin: a negative counts fully once it is within the margin of the
-    positive, and not at all before.
-    """
+    """Fig. 1 of the paper at the schedule's extremes: what a negative weighs (:meth:`.losses.LossKind.weight`)."""
     half = plan.schedule.alpha / 2
     names = list(plan.shifts)
     chosen = ["tail", "head"] if "head" in names else list(dict.fromkeys([names[0], names[-1]]))
@@ -153,20 +159,16 @@ def draw_weights(axes: Axes, plan: Plan) -> None:
     for name in chosen:
         for base, dashes, where in ((-half, (3, 1.5), "lowest"), (half, (None, None), "highest")):
             value = plan.shifts[name] + base
-            weight = (gap >= -value).astype(float) if plan.is_margin else _relative(gap, value)
+            weight = plan.kind.weight(gap, value)
             if weight is not None:
                 axes.plot(gap, weight, color=_COLOURS[name], dashes=dashes, linewidth=1.8,
                           label=f"{name}, {where}: {value:.3g}")  # fmt: skip
     axes.set_xlim(-_BROADEST, 0)
     axes.set_ylim(0, 1.42)  # room for the legend
     axes.set_yticks(np.arange(0, 1.01, 0.25))
-    axes.set_ylabel("weight of a negative" if plan.is_margin else "weight relative to the hardest")
-    axes.set_xlabel("similarity minus the positive's" if plan.is_margin else "similarity minus the hardest negative's")
+    axes.set_ylabel(plan.kind.weight_label)
+    axes.set_xlabel(plan.kind.gap_label)
     axes.legend(loc="upper left", frameon=False, fontsize=8.5, title_fontsize=8.5)
-
-
-def _relative(gap: np.ndarray, temperature: float) -> Optional[np.ndarray]:
-    return np.exp(gap / temperature) if temperature > 0 else None
 
 
 def _range(plan: Plan) -> tuple[float, float]:

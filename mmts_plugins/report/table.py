@@ -13,19 +13,18 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
+from .. import losses
 from .._files import replacing
-from ..adapters.avion import count_classes, load_classes
-from ..clustering.sources import LARGEST, check_finite, read_embeddings
 from ..clusters import CAPTION, CLASS, ClusterTable
-from ..config import DISTRIBUTIONS
+from ..data.embeddings import LARGEST, check_finite, read_embeddings
 from ..errors import ConfigError, MMTSError, TableError, one_line, reading, shown
-from ..plan import Plan
-from ..presets import PRESETS
+from ..hosts.registry import adapters
+from ..plan import Plan, read_table
+from ..presets import presets
 from .concepts import Concepts, examples, shortened, telling_words
 from .page import Page, number, slugs
 from .plots import MIDDLE, SERIES, legend_above, literal, logarithmic, new_figure, save, tail_to_head
 
-_DEFAULT_PRESET = {CAPTION: "clip-cc3m", CLASS: "avion-max-margin"}
 _SHOWN = 5  # largest and smallest clusters, and examples of each plus one: as the paper's Tables 10 to 12
 _EXAMPLES = 4
 _REPEATED = 10
@@ -45,7 +44,7 @@ class Options:
     projection: str = "tsne"
     sample: int = 2000
     seed: int = 0
-    distributions: Sequence[str] = DISTRIBUTIONS
+    distribution: Optional[str] = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +81,7 @@ def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
     Raises:
         TableError, ConfigError, MMTSError: an input or an option that cannot be used; before anything is written.
     """
-    shown = [_shown(name, table, options) for path in inputs for name, table in read(path, options.distributions)]
+    shown = [_shown(name, table, options) for path in inputs for name, table in read(path, options.distribution)]
     if options.embeddings and len(shown) > 1:
         raise ConfigError(f"--embeddings belongs to one table, but {len(shown)} are given; use --encoder")
     maps = [_project(each, options) for each in shown]
@@ -129,7 +128,7 @@ def write(inputs: Sequence[str], folder: Path, options: Options) -> list[Path]:
     return [folder / "report.html", *written]
 
 
-def read(path: str, distributions: Sequence[str] = DISTRIBUTIONS) -> list[tuple[str, ClusterTable]]:
+def read(path: str, distribution: Optional[str] = None) -> list[tuple[str, ClusterTable]]:
     """The tables in an input, each with a name.
 
     Raises:
@@ -137,28 +136,38 @@ def read(path: str, distributions: Sequence[str] = DISTRIBUTIONS) -> list[tuple[
     """
     name = one_line(Path(path).name or path)
     with reading(path, "cannot be read as a table", TableError):
-        return _read(path, name, distributions)
+        return _read(path, name, distribution)
 
 
-def _read(path: str, name: str, distributions: Sequence[str]) -> list[tuple[str, ClusterTable]]:
+def _read(path: str, name: str, distribution: Optional[str]) -> list[tuple[str, ClusterTable]]:
     if not path.lower().endswith(".csv"):
         return [(name, ClusterTable.load(path))]
     with open(path, newline="", encoding="utf-8") as file:
         columns = next(csv.reader(file), [])
     if "class_id" in columns:
-        return [(name, load_classes(path))]
-    if {"verb_class", "noun_class"} <= set(columns):
-        return [(f"{name}: {kind}", count_classes(path, kind)) for kind in distributions]
+        return [(name, read_table(path))]
+    for adapter in adapters():
+        found = adapter.classes_in(path, columns)
+        if distribution is not None and found and distribution not in found:
+            raise ConfigError(f"--distribution {shown(distribution)}: {path} has {', '.join(found)}")
+        if found:
+            return [(f"{name}: {kind}", count()) for kind, count in found.items() if distribution in (None, kind)]
     raise TableError(
-        f"{path}: neither counts (columns class_id, count) nor annotations (verb_class, noun_class); found: "
+        f"{path}: neither counts (columns class_id, count) nor annotations whose classes a host counts; found: "
         f"{', '.join(columns[:8])}. For captions make a table first: mmts cluster {path} -o clusters.parquet"
     )
 
 
+def _default_preset(table: ClusterTable) -> str:
+    """Of captions the first for temperatures, of classes the first for margins: as the paper schedules them."""
+    margins = table.kind == CLASS
+    return next(name for name, preset in presets().items() if losses.kind(preset.loss).is_margin == margins)
+
+
 def _shown(name: str, table: ClusterTable, options: Options) -> Shown:
-    preset = options.preset or _DEFAULT_PRESET[table.kind]
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown --preset {preset!r}; choose from {', '.join(PRESETS)}")
+    preset = options.preset or _default_preset(table)
+    if preset not in presets():
+        raise ConfigError(f"unknown --preset {preset!r}; choose from {', '.join(presets())}")
     plan = Plan.of_preset(preset, 1, table)
     return Shown(
         name, table, plan, Concepts.of(table, table.shifts(plan.values["shift_min"], plan.values["shift_max"]))
@@ -206,7 +215,7 @@ def _temperatures(page: Page, shown: Sequence[Shown]) -> None:
     said = set()
     for each in shown:
         values, half = each.plan.values, each.plan.schedule.alpha / 2
-        what = "margin" if each.plan.is_margin else "temperature"
+        what = each.plan.kind.number
         if each.plan.name not in said:
             low, high = values["shift_min"], values["shift_max"]
             page.text(
@@ -266,7 +275,7 @@ def _examples(page: Page, each: Shown, words: Sequence[Sequence[str]], several: 
         shift = concepts.shift[place]
         page.text(
             f"{concepts.samples[place]:,} samples, frequency {number(concepts.frequency[place])}; shift {shift:.4f}, "
-            f"{'margin' if each.plan.is_margin else 'temperature'} {shift - half:.4f} to {shift + half:.4f}",
+            f"{each.plan.kind.number} {shift - half:.4f} to {shift + half:.4f}",
             small=True,
         )
         page.items(examples(each.table, members, _EXAMPLES))
@@ -460,7 +469,7 @@ def _project(each: Shown, options: Options) -> Union[Points, str]:
         chosen = np.asarray(points[rows], np.float32)
     else:
         assert options.encoder is not None
-        from ..clustering.encoders import encode
+        from ..data.encoders import encode
 
         chosen = encode(options.encoder, each.table.keys.take(rows).to_pylist(), options.seed)
     check_finite(chosen, options.embeddings or f"the embeddings of {options.encoder}", LARGEST)

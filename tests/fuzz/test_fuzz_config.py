@@ -9,28 +9,19 @@ import string
 import yaml
 from fuzzing import fuzz, survives
 from hypothesis import strategies as st
+from resolving import ALL_FIELDS, CONFIG_FIELDS, LOSS_NAMES, resolve
 
 from mmts_plugins._startup import asks_for_us, means_us, swallowed
-from mmts_plugins.config import (
-    FIELDS,
-    LOSSES,
-    RECORDED,
-    Config,
-    check_resume,
-    load_file,
-    read_record,
-    record,
-    resolve,
-    split_flags,
-    write_record,
-)
-from mmts_plugins.presets import INFONCE, MAX_MARGIN, PRESETS
+from mmts_plugins.adapters.openclip import ADAPTER
+from mmts_plugins.config import Config
+from mmts_plugins.options import split_flags
+from mmts_plugins.presets import presets
+from mmts_plugins.record import RECORDED, check_resume, load_file, read_record, record, write_record
 
-DEFAULTS = {INFONCE: "clip-cc3m", MAX_MARGIN: "avion-max-margin"}
 NUMBERS = ("alpha", "shift_min", "shift_max", "num_oscillations", "period")
 PLAIN = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 RECORD = {
-    "loss": INFONCE,
+    "loss": "mmts-infonce",
     "alpha": 0.04,
     "shift_min": 0.05,
     "shift_max": 0.1,
@@ -53,7 +44,7 @@ RECORD = {
     "mmts_plugins": "0.1.0",
 }
 VALID = yaml.safe_dump(RECORD, sort_keys=False).encode()
-NAMES = st.sampled_from([*FIELDS, *RECORDED, "alhpa", "Alpha", "<<", "", "1", "~"])
+NAMES = st.sampled_from([*ALL_FIELDS, *RECORDED, "alhpa", "Alpha", "<<", "", "1", "~"])
 TEXTS = st.sampled_from(
     [
         *("0.04", "0.1", "010", "1:30", "0x10", "1_0", "1e-2", "1.0e-2", "-1", "+.5", "5.", ".inf", "-.inf", ".nan"),
@@ -95,20 +86,20 @@ def refused_or_true(path, content: bytes) -> None:
         written = [rest.split(" #")[0].strip() for key, _, rest in lines if key.strip() == name]
         if len(written) == 1 and PLAIN.fullmatch(written[0]):  # block style, as nearly always
             assert value == float(written[0]), (name, written)
-    config = survives(lambda: resolve({"mmts_config": str(path)}, INFONCE, DEFAULTS))
+    config = survives(lambda: resolve({"mmts_config": str(path)}))
     if config is None:
         return
-    base = PRESETS[config.preset or DEFAULTS[config.loss]]
+    base = presets()[config.preset or ADAPTER.default_preset(config.loss)]
     for name in ("alpha", "shift_min", "shift_max"):
         assert getattr(config, name) == found.get(name, getattr(base, name))
     assert_sound(config)
 
 
 def assert_sound(config: Config) -> None:
-    assert config.loss in (INFONCE, MAX_MARGIN)
+    assert config.loss in ("mmts-infonce", "mmts-max-margin")
     assert config.shift_min <= config.shift_max
     assert (config.num_oscillations is None) != (config.period is None)
-    assert config.lowest > 0 or (config.loss == MAX_MARGIN and config.lowest >= 0)
+    assert config.lowest > 0 or (config.loss == "mmts-max-margin" and config.lowest >= 0)
     for steps in (1, 10**9):
         period = config.period_steps(steps)
         assert math.isfinite(period)
@@ -139,15 +130,15 @@ def test_a_valid_file_with_values_exchanged(tmp_path_factory, changes):
     refused_or_true(folder(tmp_path_factory) / "values.yaml", text.encode("utf-8", "surrogatepass"))
 
 
-@fuzz(st.dictionaries(st.sampled_from([*FIELDS, *RECORDED]) | SCALARS, VALUES, max_size=4), st.booleans())
+@fuzz(st.dictionaries(st.sampled_from([*ALL_FIELDS, *RECORDED]) | SCALARS, VALUES, max_size=4), st.booleans())
 def test_structures(tmp_path_factory, values, begin_valid):
     content = yaml.safe_dump({**(RECORD if begin_valid else {}), **values}, sort_keys=False)
     refused_or_true(folder(tmp_path_factory) / "structures.yaml", content.encode())
 
 
-@fuzz(st.dictionaries(st.sampled_from(list(FIELDS)), VALUES, max_size=4))
+@fuzz(st.dictionaries(st.sampled_from(list(CONFIG_FIELDS)), VALUES, max_size=4))
 def test_configs_made_in_python(values):
-    good = {name: RECORD[name] for name in FIELDS} | {"period": None}
+    good = {name: RECORD[name] for name in CONFIG_FIELDS} | {"period": None}
     config = survives(lambda: Config(**{**good, **values}))
     if config is not None:
         assert_sound(config)
@@ -167,7 +158,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path_factory, alpha, shift, peri
     """To the bit, whatever digits a hash and what letters a path has."""
     path = folder(tmp_path_factory) / "record.yaml"
     config = survives(
-        lambda: Config(INFONCE, alpha, shift, shift, clusters=clusters, period=period, num_oscillations=None)
+        lambda: Config("mmts-infonce", alpha, shift, shift, clusters=clusters, period=period, num_oscillations=None)
     )
     if config is None:
         return
@@ -175,8 +166,8 @@ def test_a_record_is_read_as_it_was_written(tmp_path_factory, alpha, shift, peri
     write_record(path, values)
     assert read_record(path) == values
     check_resume(path, values, allow_change=False)
-    again = resolve({"mmts_config": str(path)}, INFONCE, DEFAULTS)
-    assert {**vars(again), "preset": None} == {**vars(config), "preset": None}
+    again = resolve({"mmts_config": str(path)})
+    assert {**again.values, "preset": None} == {**config.values, "preset": None}
 
 
 FLAGS = st.sampled_from(
@@ -251,9 +242,9 @@ def test_flags(argv):
                 if head == flag
             ]
             assert any(flags[f"mmts_{name}"] == float(text) for text in given if _is_float(text))
-    if flags.get("loss") in LOSSES:
+    if flags.get("loss") in LOSS_NAMES:
         assert asks_for_us(["open_clip_train", *argv])
-    config = survives(lambda: resolve(flags, INFONCE, DEFAULTS)) if flags else None
+    config = survives(lambda: resolve(flags)) if flags else None
     if config is not None:
         assert_sound(config)
         for name in NUMBERS:
@@ -270,7 +261,7 @@ def _is_float(text: str) -> bool:
 
 
 @fuzz(
-    st.sampled_from([*LOSSES, "MMTS", "mmtss", "mmt", "mts", "mmst", "mm-ts"]),
+    st.sampled_from([*LOSS_NAMES, "MMTS", "mmtss", "mmt", "mts", "mmst", "mm-ts"]),
     st.integers(len("--los"), len("--loss-dist-impl")),
     st.booleans(),
     st.lists(st.sampled_from(["--lr", "1", "--name", "mmts", "reduce"]), max_size=3),

@@ -360,7 +360,7 @@ MATRIX = np.array([[1, 0.5, 0], [0.25, 1, 0]])
 
 @fuzz(st.sampled_from([".csv", ".npy"]), st.data())
 def test_a_relevancy(folder: Path, suffix: str, data: st.DataObject) -> None:
-    from mmts_plugins.retrieval import graded
+    from mmts_plugins.evaluation.retrieval import graded
 
     good = npy(MATRIX) if suffix == ".npy" else b"1,0.5,0\n0.25,1,0\n"
     content = data.draw(st.just(good) | damaged(good))

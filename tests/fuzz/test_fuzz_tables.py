@@ -18,8 +18,8 @@ from fuzzing import fuzz, survives
 from hypothesis import strategies as st
 
 from mmts_plugins import _files, large, lookup
-from mmts_plugins.clustering import cache
 from mmts_plugins.clusters import ClusterTable, legacy_hash
+from mmts_plugins.data import cache
 from mmts_plugins.lookup import TokenLookup
 
 KEYS = ["a dog", "A cat", "zwei Vögel", "", "a dog and a cat", "boat \n tree", "x" * 90]

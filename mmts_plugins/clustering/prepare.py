@@ -1,0 +1,158 @@
+"""Captions read and embedded: what an estimate starts from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+from ..data import cache, encoders
+from ..data.captions import read_samples, refuse_blank
+from ..data.embeddings import read_embedding_parts
+from ..data.images import ImageEncoder, stamped
+from ..data.rows import Rows
+from ..data.source import Samples, Source
+from ..errors import ConfigError, one_line
+from ..hashing import hash_strings
+from . import build
+from .estimate import Recipe
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How captions become embeddings: flags of ``mmts cluster``.
+
+    Attributes:
+        encoder: of captions (:class:`~..data.encoders.TextEncoder`, or ``tfidf``), or of images.
+        batch_size, device: of the encoder.
+        cached: whether embeddings are kept, and taken where they are.
+        images: the column that names images, which are embedded instead of the captions.
+        image_root: what their paths are relative to.
+        frames: of a folder of images at most so many.
+        embeddings: a file, or a folder of them, that is taken instead of all this.
+        tensor: of a file that holds several.
+    """
+
+    encoder: str
+    batch_size: int = 256
+    device: Optional[str] = None
+    cached: bool = True
+    images: Optional[str] = None
+    image_root: Optional[str] = None
+    frames: int = 8
+    embeddings: Optional[str] = None
+    tensor: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Captions, embedded: what every estimate starts from.
+
+    Attributes:
+        keys: ``[M]`` the distinct captions.
+        count: ``[M]`` int64, how many samples each has.
+        points: ``[n, d]`` one row per distinct caption, or per sample where embeddings were given.
+        rows: ``[n]`` the key of each row (with ``point``: of each sample).
+        weight: ``[n]`` float64, samples per row.
+        hashes: ``[n]`` uint64 by which samples of rows are drawn.
+        encoder: as a table names it.
+        packages: the distributions whose versions matter.
+        point: ``[samples]`` the row of each sample where rows are images; ``None``: a row belongs to one key.
+    """
+
+    keys: list[str]
+    count: np.ndarray
+    points: Rows
+    rows: np.ndarray
+    weight: np.ndarray
+    hashes: np.ndarray
+    encoder: str
+    packages: tuple[str, ...]
+    point: Optional[np.ndarray] = None
+
+
+def read(source: Source, how: Embedding, keep_blank: bool) -> Samples:
+    """The captions, and as labels what is embedded in their place; what is odd about them is said.
+
+    Raises:
+        MMTSError: they cannot be read, or some are blank and not to be kept.
+    """
+    samples = read_samples(source, [how.images] if how.images else ())
+    refuse_blank(samples.captions, source.data, keep_blank)
+    warn(samples.notes)
+    return samples
+
+
+def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Prepared:
+    """Embed what :func:`read` gave, or read its embeddings.
+
+    Args:
+        how: it is embedded.
+        recipe: of the estimate; there must be captions enough for it, and ``tfidf`` takes its seed.
+        samples: as read.
+        source: names them in messages.
+
+    Raises:
+        ConfigError, MMTSError: too few captions, embeddings of others, or an encoder that cannot be used.
+    """
+    captions = samples.captions
+    keys, rows = build.distinct(captions)
+    count = np.bincount(rows)
+    if recipe.clusters > len(keys):
+        raise ConfigError(
+            f"{len(keys)} distinct captions cannot make {recipe.clusters} clusters; lower -k (a tenth of the captions "
+            "or less)"
+        )
+    if how.embeddings:
+        points = read_embedding_parts(how.embeddings, how.tensor)
+        if len(points) != len(captions):
+            raise ConfigError(
+                f"{how.embeddings}: {len(points)} rows for {len(captions)} captions of {source}; "
+                "--embeddings needs one row per caption, repeated ones too, in the order of the file"
+            )
+        return Prepared(keys, count, points, rows, np.ones(len(points)), np.arange(len(points), dtype=np.uint64),
+                        f"embeddings {file_name(how.embeddings)}", ())  # fmt: skip
+    if samples.labels:
+        return _prepare_images(how, keys, rows, count, samples.labels, source)
+    say(f"embedding {len(keys):,} distinct captions with {how.encoder}")
+    if how.encoder == encoders.TFIDF:
+        points = Rows(encoders.tfidf(keys, recipe.seed))
+    else:
+        encoder = encoders.TextEncoder(how.encoder, how.batch_size, how.device)
+        identity = encoder.identity() if how.cached else None
+        points = cache.embed(encoder.encode, identity, keys, f"--encoder {how.encoder}")
+    return Prepared(keys, count, points, np.arange(len(keys)), count.astype(float), hash_strings(keys),
+                    encoders.public_name(how.encoder), encoders.packages(how.encoder))  # fmt: skip
+
+
+def _prepare_images(
+    how: Embedding, keys: list[str], rows: np.ndarray, count: np.ndarray, images: Sequence[str], source: str
+) -> Prepared:
+    encoder = ImageEncoder(how.encoder, how.frames, min(how.batch_size, 64), how.device)
+    paths, point = build.distinct(images)
+    stamps = stamped(paths, how.image_root, source)
+    say(f"embedding {len(paths):,} distinct images with {how.encoder}")
+    identity = encoder.identity() if how.cached else None
+    points = cache.embed(encoder.encode, identity, stamps, f"--encoder {how.encoder}")
+    packages = ("timm", "torch") if how.encoder.startswith("timm:") else ("open_clip_torch", "torch")
+    return Prepared(keys, count, points, rows, np.bincount(point).astype(float), hash_strings(paths),
+                    f"images {encoders.public_name(how.encoder)}", packages, point)  # fmt: skip
+
+
+def file_name(data: str) -> str:
+    """The file's name alone: parents, commands and signed URLs are nobody's business in a table that is shared."""
+    return data.rsplit("/", 1)[-1].partition("?")[0]
+
+
+def say(line: str) -> None:
+    """On standard error, where progress goes."""
+    print(line, file=sys.stderr)
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Say what is odd about the input, before the long work."""
+    for note in notes:
+        say(f"warning: {one_line(note)}")

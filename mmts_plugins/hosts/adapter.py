@@ -1,0 +1,160 @@
+"""A host's conventions, and the one road from flags to what a run does: taken by runs and previews alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Optional, Union
+
+from .. import losses
+from ..clusters import CAPTION, ClusterTable
+from ..config import Config, merge
+from ..errors import ConfigError, TableError, shown
+from ..large import LargeTable, open_table
+from ..options import COMMON, Option
+from ..presets import Preset
+
+logger = logging.getLogger(__name__)
+
+Table = Union[ClusterTable, LargeTable]
+
+
+class Resolved(NamedTuple):
+    """What a run will do.
+
+    Attributes:
+        config: checked.
+        table: where shifts come from; ``None`` under ``--mmts-no-shifts`` without one, or while it is still to be made.
+        allow_change: on resume, go on although the record differs.
+    """
+
+    config: Config
+    table: Optional[Table]
+    allow_change: bool = False
+
+
+class Adapter:
+    """A host's conventions: fill in the attributes, and override what differs. :meth:`resolve` is given.
+
+    Attributes:
+        name: the one spelling, as in ``mmts schedule --host NAME``.
+        title: as users write it, for messages.
+        recorded: as ``mmts.yaml`` has it; default: the title.
+        loss: what ``--loss mmts`` means here.
+        presets: the paper's for this host, by name. The first for a loss is the default of runs with that loss.
+        default_presets: for losses without one of its own, another host's.
+        options: flags that only this host knows.
+        defaults: of options, and of common fields where this host's differ from :class:`Config`'s.
+        counted_in: the host's own flag that names a file it can count a table in; empty where there is none.
+        loss_hint: what to say beside the losses there are, where ``--loss`` is given another.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    recorded: ClassVar[str] = ""
+    loss: ClassVar[str]
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    default_presets: ClassVar[Mapping[str, str]] = {}
+    options: ClassVar[tuple[Option, ...]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    counted_in: ClassVar[str] = ""
+    loss_hint: ClassVar[str] = ""
+
+    # -- fill in, where the host needs it -----------------------------------------------------------------------------
+
+    def open_table(self, path: str, config: Config) -> Table:
+        """The table of ``--mmts-clusters``; here one of captions.
+
+        Raises:
+            TableError: it cannot be read, or its keys are not what this host's samples have.
+        """
+        table = open_table(path)
+        if table.kind != CAPTION:
+            raise TableError(
+                f"{path}: a table of class ids, but {self.title}'s samples are found by caption; make one of captions "
+                "(mmts cluster CAPTIONS, with --label-column for class labels)"
+            )
+        return table
+
+    def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
+        """The configuration with what depends on other fields filled in; ``flags`` as given.
+
+        Raises:
+            ConfigError, TableError: a combination that has no meaning here.
+        """
+        return config
+
+    def counts(self, config: Config) -> bool:
+        """Whether a run without ``--mmts-clusters`` counts its table itself."""
+        return False
+
+    def count(self, config: Config, table: Optional[Table], path: str) -> Optional[Table]:
+        """The table that a run makes of the file of :attr:`counted_in`, and of ``table`` where there is one.
+
+        Raises:
+            TableError: it cannot be counted.
+        """
+        return table
+
+    def classes_in(self, path: str, columns: Sequence[str]) -> dict[str, Callable[[], ClusterTable]]:
+        """The tables that a run can count in a CSV file of these columns, by name; none in a foreign one.
+
+        Raises:
+            TableError: when called: it cannot be counted.
+        """
+        return {}
+
+    # -- given --------------------------------------------------------------------------------------------------------
+
+    def check_fields(self) -> None:
+        """Of an adapter by somebody else: that it is filled in.
+
+        Raises:
+            TypeError: naming the attribute that is not what it should be.
+        """
+        common = {option.name for option in COMMON}
+        for name in ("name", "title", "loss"):
+            if not isinstance(getattr(self, name, None), str):
+                raise TypeError(f"its Adapter is not filled in: {name}")
+        for option in self.options:
+            if not isinstance(option, Option) or option.name in common:
+                raise TypeError(f"its Adapter has an option that is none, or that every host has: {shown(option)}")
+
+    def default_preset(self, loss: str) -> str:
+        """The preset of a run that names none."""
+        own = {preset.loss: name for name, preset in reversed(list(self.presets.items()))}
+        chosen = own.get(loss) or self.default_presets.get(loss)
+        if chosen is None:  # a loss of a third party: values of the same kind of number
+            number = losses.kind(loss).number
+            every = {**self.default_presets, **own}
+            chosen = next(name for known, name in every.items() if losses.kind(known).number == number)
+        return chosen
+
+    def resolve(self, flags: Mapping[str, Any], counted_in: Optional[str] = None, with_table: bool = True) -> Resolved:
+        """Flags, from :func:`.options.split_flags`, to what a run does. Nothing is written, nothing of the host needed.
+
+        Args:
+            counted_in: the file that the host's own flag :attr:`counted_in` names, where that is known already.
+            with_table: open the table; otherwise there is none, as while it is still to be made.
+
+        Raises:
+            ConfigError, TableError: what would stop the run.
+        """
+        config = Config.of(merge(flags, self))
+        table: Optional[Table] = None
+        if config.clusters is not None and with_table:
+            table = self.open_table(config.clusters, config)
+        config = self.settle(config, table, flags)
+        if config.clusters is None and not config.no_shifts and not self.counts(config):
+            raise ConfigError(
+                "--loss mmts needs the cluster table of the training captions: --mmts-clusters FILE "
+                "(make it with: mmts cluster CAPTIONS -o FILE), or --mmts-no-shifts for the schedule alone"
+            )
+        if counted_in is not None:
+            if not self.counted_in:
+                raise ConfigError(f"{counted_in}: {self.title} counts no classes; it takes --mmts-clusters")
+            if not config.no_shifts and with_table:
+                table = self.count(config, table, counted_in)
+        for warning in config.warnings():
+            logger.warning("MM-TS: %s", warning)
+        return Resolved(config, table, bool(flags.get("mmts_allow_config_change")))
