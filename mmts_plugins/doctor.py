@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from . import __version__
 from .errors import MMTSError, SeamError, cause, one_line
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="check hosts, seams, start-up file and cluster table before a run",
-        description="Lists the hosts found, the state of every seam, whether the start-up file is in place, and "
-        "whether a cluster table can be read. Exit status 1 if training with --loss mmts would not work.",
-    )
-    parser.add_argument("--clusters", metavar="FILE", help="a cluster table to check as well")
-    parser.set_defaults(run=run)
+def run(table: Optional[str] = None) -> int:
+    """Check hosts, losses and a table, and print what was found.
 
-
-def run(args: argparse.Namespace) -> int:
+    Returns:
+        1 if training with ``--loss mmts`` would not work, else 0.
+    """
     problems = _environment() + _hosts() + _losses()
-    if args.clusters:
-        problems += _table(args.clusters)
+    if table:
+        problems += _table(table)
     print(f"\n{problems} problem(s) found" if problems else "\nno problem found")
     return 1 if problems else 0
 

@@ -50,6 +50,14 @@ def train(installed: Path, captions: Path, *flags: object, name: str = "run", la
     return done, json.loads(losses.read_text()) if losses.exists() else None
 
 
+def with_changed(tmp_path: Path, installed: Path, module: Path, code: str) -> str:
+    """A path on which a module of a package goes before the one that is installed."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / module.name).write_text(code)
+    return os.pathsep.join((str(broken), str(installed), str(REPOSITORY)))
+
+
 def ours(captions: Path, *flags: object) -> tuple:
     return ("--loss", "mmts", "--mmts-clusters", captions.parent / "clusters.parquet", *flags)
 
@@ -144,12 +152,9 @@ BYPASSED = {
 
 @pytest.mark.parametrize(("old", "new", "message"), BYPASSED.values(), ids=BYPASSED)
 def test_a_seam_that_passes_by_stops(old, new, message, installed, captions, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    code = (THIRD_PARTY / "tiny_host" / "tiny_mmts.py").read_text()
-    assert old in code
-    (broken / "tiny_mmts.py").write_text(code.replace(old, new))
-    path = os.pathsep.join((str(broken), str(installed), str(REPOSITORY)))
+    module = THIRD_PARTY / "tiny_host" / "tiny_mmts.py"
+    assert old in module.read_text()
+    path = with_changed(tmp_path, installed, module, module.read_text().replace(old, new))
     given = ("--captions", captions, "--output", tmp_path / "run", *ours(captions))
     done = run_forked(*LAUNCHER, *given, PYTHONPATH=path)
     assert done.returncode != 0
@@ -158,18 +163,19 @@ def test_a_seam_that_passes_by_stops(old, new, message, installed, captions, tmp
 
 def test_a_library_whose_adapter_takes_no_flags_ends_with_an_error(installed, captions, tmp_path):
     """A trainer that users import in scripts of their own: any script may be one."""
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    code = (THIRD_PARTY / "tiny_host" / "tiny_mmts.py").read_text()
-    idle = code.replace('    start_modules=("tiny_trainer",),\n', "").replace(", parse, takes_flags=True", ", parse")
+    module = THIRD_PARTY / "tiny_host" / "tiny_mmts.py"
+    idle = (
+        module.read_text()
+        .replace('    start_modules=("tiny_trainer",),\n', "")
+        .replace(", parse, takes_flags=True", ", parse")
+    )
     idle = idle.replace(
         _FLAGS, f"    return original([word for word in argv or sys.argv[1:] if 'mmts' not in word])\n{_FLAGS}"
     )
     assert idle.count("mmts' not in word") == 1
-    (broken / "tiny_mmts.py").write_text(idle)
     script = tmp_path / "mine.py"
     script.write_text("import tiny_trainer\ntiny_trainer.main()\n")
-    path = os.pathsep.join((str(broken), str(installed), str(REPOSITORY)))
+    path = with_changed(tmp_path, installed, module, idle)
     given = ("--captions", captions, "--output", tmp_path / "run", "--mmts-no-shifts", "--loss=mmts")
     done = run_forked("-m", "mmts_plugins", "run", script, *given, PYTHONPATH=path)
     assert done.returncode == 2
@@ -238,12 +244,9 @@ BROKEN = {
 
 @pytest.mark.parametrize(("old", "new", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_loss_stops_only_who_asks_for_it(old, new, message, installed, captions, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    code = (THIRD_PARTY / "decoupled_loss" / "mmts_decoupled.py").read_text()
-    assert old in code
-    (broken / "mmts_decoupled.py").write_text(code.replace(old, new))
-    path = os.pathsep.join((str(broken), str(installed), str(REPOSITORY)))
+    module = THIRD_PARTY / "decoupled_loss" / "mmts_decoupled.py"
+    assert old in module.read_text()
+    path = with_changed(tmp_path, installed, module, module.read_text().replace(old, new))
     given = ("schedule", "--host", "openclip", "--total-steps", 6, "--mmts-no-shifts")
     good = run_forked("-m", "mmts_plugins", *given, PYTHONPATH=path)
     assert good.returncode == 0, good.stdout

@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> int:
     """Check, and say what was found."""
     from .. import doctor
 
-    return doctor.run(argparse.Namespace(clusters=args.table))
+    return doctor.run(args.table)
