@@ -71,12 +71,12 @@ class Avion(Adapter):
     defaults: ClassVar[Mapping[str, Any]] = {"distribution": "noun", "missing": "error", "cluster_of": SEGMENT}
     counted_in = "--train-metadata"
 
-    def open_table(self, path: str, config: Config) -> Table:
+    def open_table(self, path: str) -> Table:
         """Captions or classes; classes also as ``class_id,count`` CSV, as the authors publish them."""
         return load_table(path)
 
-    def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
-        if table is None or table.kind != CAPTION:
+    def fit(self, config: Config, table: Table, flags: Mapping[str, Any]) -> Config:
+        if table.kind != CAPTION:
             return config
         if flags.get("mmts_distribution") is not None:
             raise TableError(f"{table.source}: a table of captions has no classes; leave --mmts-distribution out")
@@ -109,14 +109,13 @@ class AvionPretraining(Avion):
     defaults: ClassVar[Mapping[str, Any]] = {"cluster_of": DRAWN, "distribution": None}
     counted_in = ""
 
-    def open_table(self, path: str, config: Config) -> Table:
-        self.settle(config, None, {})
+    def open_table(self, path: str) -> Table:
         table = load_table(path)
         if table.kind != CAPTION:
             raise TableError(f"{table.source}: a table of classes, but narrations of pre-training have none")
         return table
 
-    def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
+    def settle(self, config: Config) -> Config:
         if config.own["distribution"] is not None or config.own["cluster_of"] != DRAWN:
             raise ConfigError(
                 "pre-training has narrations and no classes: leave out --mmts-distribution and --mmts-cluster-of, and "
@@ -239,9 +238,9 @@ class Job:
         Raises:
             TableError: too many samples that are not in the table.
         """
-        config, table, _ = self.resolved
+        config, table = self.resolved.config, self.resolved.shifted
         segment = config.own["cluster_of"] == SEGMENT
-        if table is None or config.no_shifts:
+        if table is None:
             return np.zeros(len(dataset.samples), dtype=np.int64) if segment else None
         if not segment:
             self._try_captions(dataset, table)
@@ -335,9 +334,15 @@ class Run(Session):
             rank=args.rank,
             world_size=args.world_size,
         )
-        super().__init__(job.adapter, job.resolved, facts, None if samples is None else lambda: samples.index)
-        if samples is None and self.table is not None and not self.config.no_shifts:
-            raise SeamError(f"AVION {job.host_version}: training starts, but its training data were never seen by us")
+
+        def seen(table: Table) -> Index:
+            if samples is None:
+                raise SeamError(
+                    f"AVION {job.host_version}: training starts, but its training data were never seen by us"
+                )
+            return samples.index
+
+        super().__init__(job.adapter, job.resolved, facts, seen)
         self._args = args
         self._segment = self.config.own["cluster_of"] == SEGMENT
         if samples is not None and not self._segment:

@@ -171,20 +171,17 @@ class Run(Session):
             rank=args.rank,
             world_size=args.world_size if args.distributed else 1,
         )
-        looked_up = resolved.table is not None and not resolved.config.no_shifts
-        super().__init__(ADAPTER, resolved, facts, self._make_index if looked_up else None)
-        if looked_up:
-            self.judge_batches("training captions", lambda row: _text(row, tokenizer))
+        super().__init__(ADAPTER, resolved, facts, self._make_index)
+        self.judge_batches("training captions", lambda row: _text(row, tokenizer))
         merged = getattr(self.index, "merged", 0)
         if merged and facts.rank == 0:
             self.say(INFO, f"MM-TS: {merged} captions tokenize like another and share its shift")
         self._written = False
 
-    def _make_index(self) -> TokenLookup:
+    def _make_index(self, table: Table) -> TokenLookup:
         args = self._args
-        assert self.table is not None
         with first_on_node(args.local_rank, args.distributed):
-            return TokenLookup(self.table, self._tokenizer, _pad_id(self._tokenizer), torch.device(args.device))
+            return TokenLookup(table, self._tokenizer, _pad_id(self._tokenizer), torch.device(args.device))
 
     def say(self, level: str, text: str) -> None:
         logger.log(logging.INFO if level == INFO else logging.WARNING, "%s", text)
@@ -205,7 +202,11 @@ class Run(Session):
             SeamError: the loss of this epoch is not ours.
             ConfigError: nothing of the model is trained, or ``mmts.yaml`` cannot be written.
         """
-        check_loss(loss, self.facts.host_version)
+        if not isinstance(loss, ScheduledLoss):
+            raise SeamError(
+                f"open_clip_torch {self.facts.host_version}: training starts without the MM-TS loss (found "
+                f"{type(loss).__name__}); a seam was bypassed. See: mmts doctor"
+            )
         if not any(
             weight.requires_grad and name.rpartition(".")[2] not in ("logit_scale", "logit_bias")
             for name, weight in model.named_parameters()
@@ -263,15 +264,6 @@ class Run(Session):
         if torch.is_grad_enabled():
             self.batch_done()
         return output
-
-
-def check_loss(loss: Any, host_version: str) -> None:
-    """Raise :class:`SeamError` where the loss that an epoch is trained with is not ours."""
-    if not isinstance(loss, ScheduledLoss):
-        raise SeamError(
-            f"open_clip_torch {host_version}: training starts without the MM-TS loss (found {type(loss).__name__}); a "
-            "seam was bypassed. See: mmts doctor"
-        )
 
 
 def wrap_loss(

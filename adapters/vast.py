@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ from ..fields import TEXT, Field
 from ..hosts.adapter import Adapter, Resolved, Table
 from ..hosts.session import INFO, Facts, Session
 from ..large import open_table
-from ..lookup import KeyLookup
 from ..options import Option
 from ..presets import Preset
 from ..record import FILE_NAME
@@ -71,7 +70,7 @@ class Vast(Adapter):
     first_caption: ClassVar[bool] = False
     volumes: ClassVar[bool] = False
 
-    def open_table(self, path: str, config: Config) -> Table:
+    def open_table(self, path: str) -> Table:
         table = open_table(path)
         if table.kind != CAPTION:
             raise TableError(
@@ -81,7 +80,7 @@ class Vast(Adapter):
             )
         return table
 
-    def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
+    def settle(self, config: Config) -> Config:
         wanted = config.own["itm_temperature"]
         if self.volumes and config.loss != self.loss:
             raise ConfigError(
@@ -161,12 +160,10 @@ class Run(Session):
         host_version: str = "",
     ) -> None:
         self._log = log
+        total, folder = run_cfg.num_train_steps, Path(run_cfg.output_dir) / "log"
         many = {name: _retrievals(name) for name in loaders}
-        if run_cfg.num_train_steps > 0 and many and not any(many.values()):
+        if total > 0 and many and not any(many.values()):
             raise ConfigError(f"no task of this run is retrieval (ret%...): {', '.join(many)}; leave --loss mmts out")
-        total = run_cfg.num_train_steps
-        folder = Path(run_cfg.output_dir) / "log"
-        config, table, _ = resolved
         facts = Facts(
             total_steps=total,
             device=torch.device("cpu"),  # captions are looked up there, and a step then waits for nothing
@@ -179,15 +176,12 @@ class Run(Session):
             world_size=dist.get_world_size(),
             exchange=next(model.parameters()).device,
         )
-        looked_up = table is not None and not config.no_shifts
-        super().__init__(
-            adapter, resolved, facts, (lambda: KeyLookup(table)) if table is not None and looked_up else None
-        )
+        super().__init__(adapter, resolved, facts)
         for name, loader in loaders.items():
             annotations = getattr(loader.dataset, "annos", None)
             if many[name] and isinstance(annotations, list):
                 self._check_annotations(name, annotations)
-            elif many[name] and looked_up:  # unknown before training: the batches tell
+            elif many[name]:  # unknown before training: the batches tell
                 self.judge_batches("training samples")
         self.losses_per_step = max(many.values(), default=1)
         self.expects_loss = all(many.values())

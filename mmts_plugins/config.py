@@ -159,12 +159,10 @@ def merge(flags: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     _refuse_foreign({**values, **given}, adapter)
     loss = values.get("loss")
     if loss is None:
-        raise ConfigError(
-            f"--mmts-* flags are given but not --loss; choose from {', '.join(('mmts', *losses.names()))}"
-        )
-    if loss != "mmts" and loss not in losses.names():
+        raise ConfigError(f"--mmts-* flags are given but not --loss; choose from {', '.join(losses.choices())}")
+    if loss not in losses.choices():
         hint = f" ({adapter.loss_hint})" if adapter.loss_hint else ""
-        raise ConfigError(f"unknown --loss {shown(loss)}; choose from {', '.join(('mmts', *losses.names()))}{hint}")
+        raise ConfigError(f"unknown --loss {shown(loss)}; choose from {', '.join(losses.choices())}{hint}")
     values["loss"] = loss = adapter.loss if loss == "mmts" else losses.kind(loss).name
     preset = values.setdefault("preset", None)
     if preset is not None:
@@ -196,7 +194,7 @@ def _refuse_foreign(values: Mapping[str, Any], adapter: Adapter) -> None:
 def of_options(options: Sequence[Option]) -> dict[str, Field]:
     """What fields may be, by name, as :func:`mmts_plugins.fields.check_mapping` takes it."""
     found = {option.name: option.field for option in options}
-    for name, known in (("loss", ("mmts", *losses.names())), ("preset", tuple(presets()))):
+    for name, known in (("loss", losses.choices()), ("preset", tuple(presets()))):
         if name in found:
             found[name] = replace(found[name], choices=known)
     return found

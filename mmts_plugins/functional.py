@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import _tiles
 from ._tiles import Rows, full_precision
@@ -40,7 +40,7 @@ __all__ = [
     "rank_max_margin",
 ]
 
-HAS_OPERATORS = hasattr(torch.library, "custom_op")
+HAS_OPERATORS = hasattr(library, "custom_op")
 """Whether :func:`opaque` functions stand in a compiled graph as they are (torch 2.4)."""
 
 DEFAULT_BUDGET = 64 * 2**20
@@ -192,7 +192,7 @@ def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         if not HAS_OPERATORS:
             return precise
         name = f"mmts::{function.__name__.strip('_')}"
-        operator = torch.library.custom_op(name, precise, mutates_args=(), schema=schema)
+        operator = library.custom_op(name, precise, mutates_args=(), schema=schema)
         operator.register_fake(fake)
         return operator
 

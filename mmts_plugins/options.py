@@ -6,7 +6,7 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Optional
 
 from . import losses
 from ._startup import means_us
@@ -132,7 +132,7 @@ def flag_parser(own: Iterable[Option] = ()) -> argparse.ArgumentParser:
 def _add(group: Any, option: Option) -> None:
     field, extra = option.field, ""
     if option.name == "loss":
-        extra = f": {', '.join(('mmts', *losses.names()))}"
+        extra = f": {', '.join(losses.choices())}"
     elif option.name == "preset":
         from .presets import presets
 
@@ -221,7 +221,7 @@ def _is_negative(word: str) -> bool:
     return True
 
 
-def _value(flag: str, option: Any, text: str) -> Any:
+def _value(flag: str, option: Optional[Option], text: str) -> Any:
     """A flag's text as what its field is. Whether there is such a loss or preset, :func:`.config.merge` says."""
     if option is None:
         return Field(TEXT).check(flag, text)

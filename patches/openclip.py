@@ -59,7 +59,7 @@ def _parse_args(original: Callable[..., Any], args: Any) -> Any:
             print("\n" + flag_parser(adapter.options).format_help())
     if not flags or (set(flags) == {"loss"} and flags["loss"] in _HOST_LOSS_VALUES):
         return original(args)
-    if flags.get("loss") not in (None, "mmts", *losses.names()):
+    if flags.get("loss") not in (None, *losses.choices()):
         adapter.resolve(flags)  # says so, before anything else is looked at
     parsed = original(rest)
     from ..adapters.openclip import refuse_unsupported

@@ -90,16 +90,14 @@ def _is_vasts_own(flags: dict[str, Any]) -> bool:
     """VAST reads ``--loss X`` as an abbreviation of its ``--loss_type``; near misses of ours are no such thing."""
     value = flags.get("loss", "mmts")
     return (
-        set(flags) == {"loss"}
-        and not value.startswith("mm")
-        and not difflib.get_close_matches(value, ("mmts", *losses.names()))
+        set(flags) == {"loss"} and not value.startswith("mm") and not difflib.get_close_matches(value, losses.choices())
     )
 
 
 def _refuse_abbreviations(rest: Sequence[str]) -> None:
     for word, following in zip(rest, [*rest[1:], ""]):
         name, has_value, value = word.partition("=")
-        if name.startswith("--los") and (value if has_value else following) in ("mmts", *losses.names()):
+        if name.startswith("--los") and (value if has_value else following) in losses.choices():
             raise ConfigError(f"{word}: VAST would take this for its --loss_type, which changes nothing; write --loss")
 
 

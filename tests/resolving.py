@@ -12,7 +12,7 @@ from mmts_plugins.hosts.registry import options_of_hosts
 from mmts_plugins.options import COMMON
 
 INFONCE, MAX_MARGIN = "mmts-infonce", "mmts-max-margin"
-LOSS_NAMES = ("mmts", *losses.names())
+LOSS_NAMES = losses.choices()
 CONFIG_FIELDS = of_options(COMMON)
 ALL_FIELDS = of_options((*COMMON, *options_of_hosts()))
 

@@ -28,13 +28,14 @@ from ranks import on_ranks
 
 from mmts_plugins import large
 from mmts_plugins.clusters import CAPTION, ClusterTable
-from mmts_plugins.config import of_options
+from mmts_plugins.config import Config, of_options
 from mmts_plugins.errors import ConfigError, SeamError, TableError
 from mmts_plugins.hosts import Adapter, Facts, Session
 from mmts_plugins.hosts.registry import adapters, hosts
 from mmts_plugins.lookup import KeyLookup
 from mmts_plugins.options import COMMON, split_flags
 from mmts_plugins.plan import adapter_of
+from mmts_plugins.record import check_resume, record, write_record
 
 LAUNCHER = ("-m", "mmts_plugins", "run")
 
@@ -258,6 +259,18 @@ def test_a_step_has_its_clock_and_its_loss(tmp_path: Path) -> None:
         run.loss(features, features, run.temperatures(["a"] * 4))
 
 
+def test_without_shifts_nothing_is_looked_up_nor_judged(tmp_path: Path) -> None:
+    """The table is recorded; that it knows none of the samples does not matter."""
+    ClusterTable.build(["a", "b"], [0, 1], [3, 4]).save(tmp_path / "t.parquet")
+    run = session(tmp_path, "--mmts-clusters", str(tmp_path / "t.parquet"), "--mmts-missing", "error")
+    assert run.table is not None
+    assert run.index is None
+    run.judge_batches("training captions")
+    run.at_step(0)
+    assert run.temperatures(["nobody's"] * 3).tolist() == pytest.approx([0.075 + 0.02] * 3)
+    run.judge_now()
+
+
 def test_a_run_needs_a_step(tmp_path: Path) -> None:
     given, _ = split_flags(["--loss", "mmts", "--mmts-no-shifts"])
     with pytest.raises(ConfigError, match="the run has no optimizer step: take more data"):
@@ -265,8 +278,6 @@ def test_a_run_needs_a_step(tmp_path: Path) -> None:
 
 
 def test_records_of_every_host_have_the_same_fields() -> None:
-    from mmts_plugins.record import record
-
     fields = set()
     for adapter in adapters():
         config = adapter.resolve({"loss": "mmts", "mmts_no_shifts": True}).config
@@ -294,6 +305,18 @@ def test_large_tables_are_not_loaded_and_give_the_same_shifts(
         np.append(found.frequencies, np.nan)[found(wanted)], np.append(mapped.frequencies, np.nan)[mapped(wanted)]
     )
     assert (mapped(wanted)[-2:] == mapped.missing).all()
+
+
+def test_an_old_record_without_the_tables_hash_goes_on(tmp_path: Path) -> None:
+    """Under ``--mmts-no-shifts`` some hosts did not record the hash of a table that was given; it moves nothing."""
+    flags, _ = split_flags(["--loss", "mmts", "--mmts-no-shifts"])
+    config = Plain().resolve(flags).config
+    write_record(tmp_path / "mmts.yaml", record(config, 10, None, "Plain", ""))
+    check_resume(tmp_path / "mmts.yaml", record(config, 10, "1" * 32, "Plain", ""), allow_change=False)
+    shifted = Config.of({**config.values, "no_shifts": False})
+    write_record(tmp_path / "mmts.yaml", record(shifted, 10, None, "Plain", ""))
+    with pytest.raises(ConfigError, match="table_hash was None"):
+        check_resume(tmp_path / "mmts.yaml", record(shifted, 10, "1" * 32, "Plain", ""), allow_change=False)
 
 
 def test_names_of_before_still_work() -> None:

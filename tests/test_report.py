@@ -98,6 +98,12 @@ def test_schedule_counts_as_the_host_would(tmp_path: Path) -> None:
     assert found.content_hash == avion.load_classes(str(counts)).content_hash
 
 
+def test_a_warning_is_printed_once() -> None:
+    given = ("schedule", "--host", "openclip", "--total-steps", "100", "--mmts-no-shifts", "--mmts-alpha", "0.14")
+    said = run_python("-m", "mmts_plugins", *given).stdout
+    assert said.count("a logit scale of 200") == 1
+
+
 def test_schedule_prints_config_and_extremes(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule", "--host", "openclip", "--total-steps", "1000", "--mmts-clusters", str(data.table)]) == 0
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if "mmts_config" not in flags:
         flags.setdefault("loss", "mmts")
     adapter = adapter_of(args.host)
-    config, table, _ = adapter.resolve(flags, args.train_metadata, not args.no_table)
+    config, table, _ = adapter.preview(flags, args.train_metadata, not args.no_table)
     print(describe(Plan(config.values, args.total_steps, table), adapter))
     for warning in config.warnings():
         print(f"\nwarning: {warning}")

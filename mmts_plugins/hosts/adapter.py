@@ -11,7 +11,7 @@ from ..clusters import CAPTION, ClusterTable
 from ..config import Config, merge
 from ..errors import ConfigError, TableError, shown
 from ..large import LargeTable, open_table
-from ..options import COMMON, Option
+from ..options import ALLOW_CHANGE, COMMON, Option
 from ..presets import Preset
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ class Resolved(NamedTuple):
     config: Config
     table: Optional[Table]
     allow_change: bool = False
+
+    @property
+    def shifted(self) -> Optional[Table]:
+        """The table, where samples get its shifts; a run under ``--mmts-no-shifts`` only records which it was given."""
+        return None if self.config.no_shifts else self.table
 
 
 class Adapter:
@@ -62,7 +67,7 @@ class Adapter:
 
     # -- fill in, where the host needs it -----------------------------------------------------------------------------
 
-    def open_table(self, path: str, config: Config) -> Table:
+    def open_table(self, path: str) -> Table:
         """The table of ``--mmts-clusters``; here one of captions.
 
         Raises:
@@ -76,11 +81,19 @@ class Adapter:
             )
         return table
 
-    def settle(self, config: Config, table: Optional[Table], flags: Mapping[str, Any]) -> Config:
-        """The configuration with what depends on other fields filled in; ``flags`` as given.
+    def settle(self, config: Config) -> Config:
+        """The configuration with what depends on other fields filled in, before a table is opened.
 
         Raises:
-            ConfigError, TableError: a combination that has no meaning here.
+            ConfigError: a combination that has no meaning here.
+        """
+        return config
+
+    def fit(self, config: Config, table: Table, flags: Mapping[str, Any]) -> Config:
+        """The configuration with what depends on the table filled in; ``flags`` as given.
+
+        Raises:
+            TableError: a table to which a flag does not fit.
         """
         return config
 
@@ -131,6 +144,13 @@ class Adapter:
         return chosen
 
     def resolve(self, flags: Mapping[str, Any], counted_in: Optional[str] = None, with_table: bool = True) -> Resolved:
+        """:meth:`preview`, for a run: what the configuration warns of is logged."""
+        resolved = self.preview(flags, counted_in, with_table)
+        for warning in resolved.config.warnings():
+            logger.warning("MM-TS: %s", warning)
+        return resolved
+
+    def preview(self, flags: Mapping[str, Any], counted_in: Optional[str] = None, with_table: bool = True) -> Resolved:
         """Flags, from :func:`.options.split_flags`, to what a run does. Nothing is written, nothing of the host needed.
 
         Args:
@@ -140,11 +160,11 @@ class Adapter:
         Raises:
             ConfigError, TableError: what would stop the run.
         """
-        config = Config.of(merge(flags, self))
+        config = self.settle(Config.of(merge(flags, self)))
         table: Optional[Table] = None
         if config.clusters is not None and with_table:
-            table = self.open_table(config.clusters, config)
-        config = self.settle(config, table, flags)
+            table = self.open_table(config.clusters)
+            config = self.fit(config, table, flags)
         if config.clusters is None and not config.no_shifts and not self.counts(config):
             raise ConfigError(
                 "--loss mmts needs the cluster table of the training captions: --mmts-clusters FILE "
@@ -155,6 +175,4 @@ class Adapter:
                 raise ConfigError(f"{counted_in}: {self.title} counts no classes; it takes --mmts-clusters")
             if not config.no_shifts and with_table:
                 table = self.count(config, table, counted_in)
-        for warning in config.warnings():
-            logger.warning("MM-TS: %s", warning)
-        return Resolved(config, table, bool(flags.get("mmts_allow_config_change")))
+        return Resolved(config, table, bool(flags.get(ALLOW_CHANGE)))

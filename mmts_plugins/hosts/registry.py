@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, Union
 
@@ -142,9 +143,10 @@ def options_of_hosts() -> list[Option]:
     return list(found.values())
 
 
-def entry_points(group: str) -> Iterator[tuple[str, str, Any]]:
+@cache  # every installed package's metadata is looked at, and the losses are asked for often
+def entry_points(group: str) -> tuple[tuple[str, str, Callable[[], Any]], ...]:
     """Name, source and loading function of each third-party plugin, once, whatever other metadata is damaged."""
-    seen = set()
+    seen, found = set(), []
     for distribution in metadata.distributions():
         try:
             points = [point for point in distribution.entry_points if point.group == group]
@@ -154,7 +156,8 @@ def entry_points(group: str) -> Iterator[tuple[str, str, Any]]:
         for point in points:
             if point.value not in seen and not point.value.startswith(f"{PROJECT}."):
                 seen.add(point.value)
-                yield point.name, f"{point.value} of {name}", point.load
+                found.append((point.name, f"{point.value} of {name}", point.load))
+    return tuple(found)
 
 
 def _why(error: BaseException) -> str:

@@ -15,9 +15,10 @@ from ..distributed import check_ranks_agree
 from ..errors import ConfigError, SeamError, one_line
 from ..hits import HitGuard, judge
 from ..live import Live, Meter, step_line
+from ..lookup import KeyLookup
 from ..record import FILE_NAME, LOG_NAME, check_resume, record, write_record
 from ..runtime import Runtime
-from .adapter import Adapter, Resolved
+from .adapter import Adapter, Resolved, Table
 
 WARNING, INFO = "warning", "info"
 
@@ -73,7 +74,7 @@ class Session:
         adapter: of the host.
         resolved: from :meth:`.Adapter.resolve`.
         facts: of the run.
-        index: makes the index of the table, once the cheaper checks are passed; ``None`` where every sample gets the
+        index: makes the index of the table, once the cheaper checks are passed; not called where every sample gets the
             middle shift.
 
     Raises:
@@ -87,7 +88,7 @@ class Session:
     """How many :meth:`loss_taken` an optimizer step can have, where that is known."""
 
     def __init__(
-        self, adapter: Adapter, resolved: Resolved, facts: Facts, index: Optional[Callable[[], Index]] = None
+        self, adapter: Adapter, resolved: Resolved, facts: Facts, index: Callable[[Table], Index] = KeyLookup
     ) -> None:
         if facts.total_steps < 1:
             raise ConfigError(f"the run has no optimizer step: {facts.longer}")
@@ -104,7 +105,7 @@ class Session:
             check_ranks_agree(self._values, facts.rank, facts.world_size, facts.exchange or facts.device)
         if facts.resumed is not None:
             self.check_resumed(facts.resumed, self._values, resolved.allow_change)
-        self.index = None if index is None else index()
+        self.index = None if resolved.shifted is None else index(resolved.shifted)
         frequencies = np.ones(1) if self.index is None else self.index.frequencies
         self.runtime = Runtime(self.config, self.table, frequencies, facts.total_steps, facts.device)
         self._meter = Meter()
@@ -185,17 +186,18 @@ class Session:
             self._tell(WARNING, warning)
 
     def judge_batches(self, what: str, text: Callable[[Any], str] = str) -> None:
-        """Have the first batches judged; see :class:`.hits.HitGuard`.
+        """Have the first batches judged, where they are looked up; see :class:`.hits.HitGuard`.
 
         Args:
             what: the samples, such as ``"training captions"``.
             text: makes an example of a sample as :meth:`temperatures` is given it.
         """
-        assert self.table is not None
-        facts = self.facts
+        facts, table = self.facts, self.table
+        if self.index is None or table is None:
+            return
         self._guard = HitGuard(
             what,
-            self.table.source,
+            table.source,
             self.config.missing,
             text,
             lambda warning: self._tell(WARNING, warning),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .kind import MARGIN, TEMPERATURE, LossKind, kind, names
+from .kind import MARGIN, TEMPERATURE, LossKind, choices, kind, names
 
 if TYPE_CHECKING:
     from .infonce import InfoNCELoss
     from .max_margin import MaxMarginLoss
 
-__all__ = ["MARGIN", "TEMPERATURE", "InfoNCELoss", "LossKind", "MaxMarginLoss", "kind", "names"]
+__all__ = ["MARGIN", "TEMPERATURE", "InfoNCELoss", "LossKind", "MaxMarginLoss", "choices", "kind", "names"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ Imports no torch: flags are read before a trainer has imported it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
@@ -93,6 +93,11 @@ def names() -> tuple[str, ...]:
     return (*_BUILT_IN, *sorted({name for name, _, _ in _entry_points()} - set(_BUILT_IN)))
 
 
+def choices() -> tuple[str, ...]:
+    """What ``--loss`` may be given: :func:`names`, and ``mmts``, which each host reads as one of them."""
+    return ("mmts", *names())
+
+
 def kind(name: str) -> LossKind:
     """The loss of this name.
 
@@ -137,10 +142,10 @@ def _third_party(name: str) -> LossKind:
                 one_line(f"the loss {name} ({source}) cannot be used: {type(error).__name__}: {cause(error)}")
             ) from error
         return each
-    raise ConfigError(f"unknown --loss {shown(name)}; choose from {', '.join(('mmts', *names()))}")
+    raise ConfigError(f"unknown --loss {shown(name)}; choose from {', '.join(choices())}")
 
 
-def _entry_points() -> Iterator[tuple[str, str, Any]]:
+def _entry_points() -> Sequence[tuple[str, str, Any]]:
     from ..hosts.registry import entry_points
 
     return entry_points(GROUP)

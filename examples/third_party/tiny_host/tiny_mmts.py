@@ -32,10 +32,8 @@ def train(original, args):
     if resolved is not None:
         batches = len(Path(args.captions).read_text().splitlines()) // args.batch_size
         facts = Facts(total_steps=args.epochs * batches, device=torch.device("cpu"), folder=Path(args.output))
-        shifted = resolved.table is not None and not resolved.config.no_shifts
-        session = Session(ADAPTER, resolved, facts, (lambda: KeyLookup(resolved.table)) if shifted else None)
-        if shifted:
-            session.judge_batches("training captions")
+        session = Session(ADAPTER, resolved, facts, KeyLookup)
+        session.judge_batches("training captions")
         session.write_record()
     losses = original(args)
     if session is not None:
