@@ -182,13 +182,12 @@ def merge(flags: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def _refuse_foreign(values: Mapping[str, Any], adapter: Adapter) -> None:
-    from .hosts.registry import adapters
+    from .hosts.registry import owned_options
 
     own = {option.name for option in (*COMMON, *adapter.options)}
-    for other in adapters():
-        for option in other.options:
-            if option.name not in own and values.get(option.name) is not None:
-                raise ConfigError(f"{flag_of(option.name)} is for {other.title}, and means nothing here; leave it out")
+    for name, (owner, option) in owned_options().items():
+        if name not in own and values.get(name) is not None:
+            raise ConfigError(f"{option.flag} is for {owner.title}, and means nothing here; leave it out")
 
 
 def of_options(options: Sequence[Option]) -> dict[str, Field]:

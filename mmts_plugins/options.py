@@ -52,7 +52,7 @@ class Option:
 
 
 COMMON = (
-    Option("loss", Field(TEXT), "schedule the contrastive loss: mmts is the host's own family", "LOSS"),
+    Option("loss", Field(TEXT), "schedule the contrastive loss; mmts is the host's own family", "LOSS"),
     Option("alpha", Field(NUMBER, least=0, most=_HIGHEST), "peak-to-peak amplitude of the cosine (Eq. 7)", "A"),
     Option("shift_min", Field(NUMBER, least=-_HIGHEST, most=_HIGHEST), "shift of the rarest concept (Eq. 6)", "S"),
     Option("shift_max", Field(NUMBER, least=-_HIGHEST, most=_HIGHEST), "shift of the most common concept (Eq. 6)", "S"),
@@ -132,11 +132,11 @@ def flag_parser(own: Iterable[Option] = ()) -> argparse.ArgumentParser:
 def _add(group: Any, option: Option) -> None:
     field, extra = option.field, ""
     if option.name == "loss":
-        extra = f": {', '.join(losses.choices())}"
+        extra = f"; one of {', '.join(losses.choices())}"
     elif option.name == "preset":
         from .presets import presets
 
-        extra = f": {', '.join(presets())}; the host has a default"
+        extra = f"; one of {', '.join(presets())}; the host has a default"
     given: dict[str, Any] = {"dest": _dest(option.name), "help": option.help + extra}
     if field.kind == SWITCH:
         group.add_argument(option.flag, action="store_true", **given)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
-from ..hosts.registry import adapters, options_of_hosts
-from ..options import flag_parser
+from ..hosts.registry import adapters, owned_options
+from ..options import Option, flag_parser
 
 
 def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
     """Register ``schedule`` with the sub-parsers of ``mmts``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "schedule",
-        parents=[flag_parser(options_of_hosts())],
+        parents=[flag_parser(_with_their_hosts())],
         allow_abbrev=False,
         help=help,
         description="Resolves --loss (default: mmts) and --mmts-* flags as the host's run would, checks the files they "
@@ -37,6 +38,11 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _with_their_hosts() -> list[Option]:
+    """Flags that only some hosts know, each saying whose it is."""
+    return [replace(option, help=f"{owner.title}: {option.help}") for owner, option in owned_options().values()]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -134,13 +134,18 @@ def _adapters_of(host: Host) -> Sequence[Adapter]:
         return ()
 
 
-def options_of_hosts() -> list[Option]:
-    """The options that only some hosts know, each name once."""
-    found: dict[str, Option] = {}
+def owned_options() -> dict[str, tuple[Adapter, Option]]:
+    """The options that only some hosts know, by name, each with the first adapter that has it."""
+    found: dict[str, tuple[Adapter, Option]] = {}
     for adapter in adapters():
         for option in adapter.options:
-            found.setdefault(option.name, option)
-    return list(found.values())
+            found.setdefault(option.name, (adapter, option))
+    return found
+
+
+def options_of_hosts() -> list[Option]:
+    """The options that only some hosts know, each name once."""
+    return [option for _, option in owned_options().values()]
 
 
 @cache  # every installed package's metadata is looked at, and the losses are asked for often
