@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,22 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clusters import CAPTION, CLASS, ClusterTable
 from ..config import Config
-from ..data.classes import counted, load_classes, read_rows
+from ..data.classes import load_classes
 from ..distributed import first_on_node, gather_rows
-from ..errors import ConfigError, SeamError, TableError, one_line, shown
+from ..errors import ConfigError, SeamError, TableError, one_line
 from ..fields import TEXT, Field
-from ..hits import judge
-from ..hosts.adapter import Adapter, Resolved, Table
+from ..hits import judge_known
+from ..hosts.adapter import Adapter
+from ..hosts.logs import HostLog, RunFolder, is_number
 from ..hosts.session import Facts, Index, Session
-from ..large import open_table
-from ..lookup import KeyLookup, TokenLookup
 from ..options import Option
 from ..presets import Preset
 from ..record import FILE_NAME
+from ..tables import CAPTION, CLASS, ClusterTable, Table, open_table
+from ..tables.index import KeyLookup, TokenLookup
+from .ek100 import DISTRIBUTIONS, count_classes, key_of, narrations
 
-DISTRIBUTIONS = ("noun", "verb", "verb_noun")
 SEGMENT, DRAWN = "segment", "caption"
 
 _PAD = 0  # AVION's tokenizer fills up with zeros
@@ -70,6 +69,7 @@ class Avion(Adapter):
     # Every sample's class is known before the first step, so an unknown one can stop the run there.
     defaults: ClassVar[Mapping[str, Any]] = {"distribution": "noun", "missing": "error", "cluster_of": SEGMENT}
     counted_in = "--train-metadata"
+    log_files = ("log.txt",)
 
     def open_table(self, path: str) -> Table:
         """Captions or classes; classes also as ``class_id,count`` CSV, as the authors publish them."""
@@ -91,7 +91,8 @@ class Avion(Adapter):
         if table is None:
             table = count_classes(path, distribution)
         if table.kind == CLASS and config.own["cluster_of"] == DRAWN:
-            assert isinstance(table, ClusterTable)  # of classes nobody has two million
+            if not isinstance(table, ClusterTable):
+                raise TableError(f"{table.source}: {len(table):,} classes are more than narrations can be looked up in")
             table = narrations(path, distribution, table)
         return table
 
@@ -99,6 +100,17 @@ class Avion(Adapter):
         if not {"verb_class", "noun_class"} <= set(columns):
             return {}
         return {kind: partial(count_classes, path, kind) for kind in DISTRIBUTIONS}
+
+    def read_log(self, run: RunFolder) -> HostLog:
+        """``log.txt``: one line of JSON for each epoch."""
+        found = run.objects("log.txt")
+        epochs = [line for line in found if is_number(line.get("epoch")) and line["epoch"] >= 0]
+        last = max((line["epoch"] for line in epochs), default=0) + 1
+        known = [(line["epoch"], line["train_loss"]) for line in epochs if is_number(line.get("train_loss"))]
+        losses = [[100 * (epoch + 1) / last, loss] for epoch, loss in known]
+        tested = found[-1].items() if found else ()
+        scores = [(name, value, "log.txt") for name, value in tested if name.startswith("test_")]
+        return HostLog({"loss": np.array(losses, np.float64)} if losses else {}, {}, scores)
 
 
 class AvionPretraining(Avion):
@@ -153,20 +165,20 @@ def authors_flags(argv: Sequence[str]) -> list[str]:
     return rest if path is None else [*rest, "--mmts-clusters", path]
 
 
-class ToldSchedule(np.ndarray):
+class ClockSchedule(np.ndarray):
     """AVION's array of learning rates. It is indexed by the global iteration before each forward pass: the clock."""
 
-    tell: Optional[Callable[[int], None]] = None
+    on_step: Optional[Callable[[int], None]] = None
 
     @classmethod
-    def of(cls, schedule: np.ndarray, tell: Callable[[int], None]) -> ToldSchedule:
-        told = schedule.view(cls)
-        told.tell = tell
-        return told
+    def of(cls, schedule: np.ndarray, on_step: Callable[[int], None]) -> ClockSchedule:
+        clock = schedule.view(cls)
+        clock.on_step = on_step
+        return clock
 
     def __getitem__(self, index: Any) -> Any:
-        if self.tell is not None and isinstance(index, (int, np.integer)):
-            self.tell(int(index))
+        if self.on_step is not None and isinstance(index, (int, np.integer)):
+            self.on_step(int(index))
         return super().__getitem__(index)
 
 
@@ -210,7 +222,7 @@ class Job:
         self.resolved = adapter.resolve(flags)
         self.args: Any = None
         self.samples: Optional[Samples] = None
-        self.run: Optional[Run] = None
+        self.run: Optional[AVIONSession] = None
 
     def begin(self, args: Any) -> None:
         """With AVION's parsed arguments, once its process group is up.
@@ -226,9 +238,10 @@ class Job:
                 f"--update-freq {args.update_freq}: gradient accumulation is broken in AVION itself (its loop uses "
                 "images before it has any); train with --update-freq 1 and a larger --batch-size or more GPUs"
             )
-        config, table, allow_change = self.resolved
-        if self.adapter.counted_in and not config.no_shifts:
-            self.resolved = Resolved(config, self.adapter.count(config, table, args.train_metadata), allow_change)
+        config = self.resolved.config
+        if self.adapter.counted_in and config.reads_table:
+            table = self.adapter.count(config, self.resolved.table, args.train_metadata)
+            self.resolved = replace(self.resolved, table=table)
         config.publish(args)
 
     def find(self, dataset: Any) -> Optional[np.ndarray]:
@@ -249,11 +262,11 @@ class Job:
         if table.kind == CAPTION:
             what, keys = "caption", [str(sample[4]) for sample in dataset.samples]
         else:
-            what, keys = f"{distribution} class", [_key(distribution, *sample[-2:]) for sample in dataset.samples]
+            what, keys = f"{distribution} class", [key_of(distribution, *sample[-2:]) for sample in dataset.samples]
         lookup = KeyLookup(table)
         rows = lookup(keys)
         absent = [keys[i] for i in np.flatnonzero(rows == lookup.missing)]
-        self._judge(absent, len(keys), f"training samples of {dataset.metadata}", what)
+        self._judge(table, absent, len(keys), f"training samples of {dataset.metadata}", what)
         self.samples = Samples(_Carried(lookup.frequencies))
         return rows
 
@@ -275,15 +288,13 @@ class Job:
         )
         index = torch.as_tensor(lookup(dataset.tokenizer(captions).to(_device(args))))
         absent = [captions[i] for i in torch.nonzero(index == len(lookup.frequencies)).flatten().tolist()]
-        self._judge(absent, len(captions), f"captions of {dataset.metadata}", "caption")
+        self._judge(table, absent, len(captions), f"captions of {dataset.metadata}", "caption")
 
-    def _judge(self, absent: Sequence[str], total: int, what: str, found_by: str) -> None:
+    def _judge(self, table: Table, absent: Sequence[str], total: int, what: str, found_by: str) -> None:
         """Samples known before training, on every rank alike."""
-        config, table, _ = self.resolved
-        assert table is not None
         hint = "" if found_by == "caption" else " Or of another distribution (--mmts-distribution noun|verb|verb_noun)?"
-        examples = sorted(set(absent))
-        warning = judge(len(absent), total, f"{total} {what}", table.source, config.missing, examples, found_by, hint)
+        missing = self.resolved.config.missing
+        warning = judge_known(sorted(absent), total, what, table.source, missing, found_by, hint)
         if warning is not None:
             self._warn(warning)
 
@@ -291,7 +302,7 @@ class Job:
         if self.args.rank == 0:
             print(f"MM-TS: warning: {one_line(warning)}", flush=True)
 
-    def start(self, total_steps: int) -> Run:
+    def start(self, total_steps: int) -> AVIONSession:
         """When the length of the run is known, before its first step.
 
         Raises:
@@ -300,7 +311,7 @@ class Job:
         """
         if self.args is None:
             raise SeamError(f"AVION {self.host_version}: training starts without init_distributed_mode(args)")
-        self.run = Run(self, total_steps)
+        self.run = AVIONSession(self, total_steps)
         return self.run
 
     def meters(self, steps: int, meters: Sequence[Any], prefix: str) -> list[Any]:
@@ -314,7 +325,7 @@ class Job:
         return [*meters, _Meter(run)]
 
 
-class Run(Session):
+class AVIONSession(Session):
     """MM-TS in one AVION training run."""
 
     losses_per_step = 1
@@ -354,9 +365,8 @@ class Run(Session):
         self._steps_per_epoch = 1
         self.write_record()
 
-    def describe_table(self) -> str:
-        table, distribution = self.table, self.config.own["distribution"]
-        assert table is not None
+    def describe_table(self, table: Table) -> str:
+        distribution = self.config.own["distribution"]
         what = f"{distribution} classes" if distribution else "clusters"
         keys = "classes" if table.kind == CLASS else "captions"
         return (
@@ -377,7 +387,7 @@ class Run(Session):
         if counted:
             self._counted_from = steps * epoch
 
-    def see(self, tokens: Tensor) -> None:
+    def take_tokens(self, tokens: Tensor) -> None:
         """``[n, L]`` token ids of the captions that the model is given in a training step."""
         self._tokens = tokens
 
@@ -447,7 +457,7 @@ def _device(args: Any) -> torch.device:
 class _Meter:
     """What AVION's ``ProgressMeter`` asks of a meter."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: AVIONSession) -> None:
         self._run = run
 
     def __str__(self) -> str:
@@ -465,57 +475,6 @@ def batch_accuracy(image_features: Tensor, text_features: Tensor, rank: int, wor
     nearest = torch.cat([(block @ texts.T).argmax(1) for block in image_features.split(256)])
     own = torch.arange(len(nearest), device=nearest.device) + rank * len(nearest)
     return 100 * (nearest == own).float().mean()
-
-
-# -- class distributions -----------------------------------------------------------------------------------------------
-
-
-def _key(distribution: str, verb: int, noun: int) -> str:
-    """As the authors name classes."""
-    return {"verb": f"{verb}", "noun": f"{noun}", "verb_noun": f"{verb}_{noun}"}[distribution]
-
-
-def _class(metadata: str, line: int, distribution: str, verb: str, noun: str) -> str:
-    try:
-        return _key(distribution, int(verb), int(noun))
-    except ValueError as error:
-        raise TableError(
-            f"{metadata}, line {line}: verb_class {shown(verb)}, noun_class {shown(noun)}: not whole numbers"
-        ) from error
-
-
-def count_classes(metadata: str, distribution: str) -> ClusterTable:
-    """The classes of an annotation file in EK-100's form, counted.
-
-    Raises:
-        TableError: it cannot be read, has no column ``verb_class`` or ``noun_class``, or one holds no whole number.
-    """
-    counts: Counter[str] = Counter()
-    for line, *pair in read_rows(metadata, ("verb_class", "noun_class"), "an EK-100 annotation file"):
-        counts[_class(metadata, line, distribution, *pair)] += 1
-    return counted(counts, metadata)
-
-
-def narrations(metadata: str, distribution: str, classes: ClusterTable) -> ClusterTable:
-    """A table of the narrations of an annotation file: each as frequent as its class in ``classes``.
-
-    A narration whose segments are of several classes counts as the commonest of its own.
-
-    Raises:
-        TableError: see :func:`count_classes`; or no narration's class is in ``classes``.
-    """
-    columns = ("narration", "verb_class", "noun_class")
-    of: dict[str, Counter[str]] = {}
-    for line, narration, *pair in read_rows(metadata, columns, "an EK-100 annotation file"):
-        of.setdefault(narration, Counter())[_class(metadata, line, distribution, *pair)] += 1
-    rows = classes.rows_of([seen.most_common(1)[0][0] for seen in of.values()])
-    known = sorted((narration, row) for narration, row in zip(of, rows.tolist()) if row >= 0)
-    if not known:
-        raise TableError(f"{classes.source}: knows none of the {distribution} classes of {metadata}")
-    keys, cluster = [narration for narration, _ in known], [row for _, row in known]
-    count = [sum(of[key].values()) for key in keys]
-    table = ClusterTable.build(keys, cluster, classes.frequency[cluster], count, CAPTION)
-    return replace(table, source=classes.source)
 
 
 def _narrations_of(sample: Sequence[Any]) -> list[str]:

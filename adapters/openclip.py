@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from .._files import writing
+from ..config import Config
+from ..data.source import weights_of
 from ..distributed import first_on_node
 from ..errors import ConfigError, SeamError, cause, one_line, shown
 from ..functional import HAS_OPERATORS, compiling, opaque
-from ..hosts.adapter import Adapter, Resolved, Table
+from ..hosts.adapter import Adapter, Resolved
+from ..hosts.logs import HostLog, RunFolder
 from ..hosts.session import INFO, Facts, Session
-from ..lookup import TokenLookup
 from ..presets import Preset
 from ..record import FILE_NAME, LOG_NAME, check_resume
+from ..tables import Table
+from ..tables.index import TokenLookup
+from . import openclip_geometry, openclip_log
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +51,18 @@ class OpenCLIP(Adapter):
     recorded = "open_clip_torch"
     loss = "mmts-infonce"
     presets: ClassVar[Mapping[str, Preset]] = {"clip-cc3m": Preset("mmts-infonce", 0.04, 0.05, 0.10)}
+    options = openclip_geometry.OPTIONS
     loss_hint = "OpenCLIP's own flag is spelt --loss-dist-impl"
+    log_files = openclip_log.FILES
+    log_folders = (_CHECKPOINTS,)
     default_presets: ClassVar[Mapping[str, str]] = {"mmts-max-margin": "avion-max-margin"}
+
+    def settle(self, config: Config) -> Config:
+        openclip_geometry.request_of(config.own)  # a preview says what a run would stop with
+        return config
+
+    def read_log(self, run: RunFolder) -> HostLog:
+        return openclip_log.read_log(run)
 
 
 ADAPTER = OpenCLIP()
@@ -132,7 +148,7 @@ class ScheduledLoss(nn.Module):
         return losses if output_dict else (loss, losses["caption_loss"])
 
 
-class Run(Session):
+class OpenCLIPSession(Session):
     """MM-TS in one OpenCLIP training run: made with the data at hand, used at each seam after that.
 
     Args:
@@ -170,6 +186,7 @@ class Run(Session):
             longer=f"{batches} batches an epoch with --accum-freq {args.accum_freq}; lower --batch-size",
             rank=args.rank,
             world_size=args.world_size if args.distributed else 1,
+            reads=_reads(args),
         )
         super().__init__(ADAPTER, resolved, facts, self._make_index)
         self.judge_batches("training captions", lambda row: _text(row, tokenizer))
@@ -230,7 +247,7 @@ class Run(Session):
         if self._scale is not None and not self.config.kind.is_margin:
             # A true scale in OpenCLIP's own log line and in its checkpoints; the loss itself does not read it.
             with torch.no_grad():
-                self._scale.fill_(-math.log(self.runtime.mean_temperature))
+                self._scale.fill_(-math.log(self.tau.mean_temperature))
 
     def batch_starts(self, *_: Any) -> None:
         """Before a forward pass. Under ``--skip-scheduler`` nobody tells us the step, so it is counted."""
@@ -314,6 +331,23 @@ def refuse_unsupported(args: Any) -> None:
         logger.warning("MM-TS: --loss mmts changes nothing here: without --train-data this run only evaluates")
 
 
+def _reads(args: Any) -> dict[str, tuple[Any, str]]:
+    """How this run reads its captions, as tables record it."""
+    kind, ending = args.dataset_type, str(args.train_data).rsplit(".", 1)[-1]
+    found: dict[str, tuple[Any, str]] = {}
+    if kind == "csv" or (kind == "auto" and ending in ("csv", "tsv")):
+        found["column"] = (args.csv_caption_key, "--csv-caption-key")
+        found["separator"] = (args.csv_separator, "--csv-separator")
+    elif kind in ("webdataset", "auto"):
+        found["suffix"] = ("txt", "OpenCLIP's own")
+    factors = getattr(args, "train_data_upsampling_factors", None)
+    if factors:
+        with suppress(ConfigError):  # too fine to be a table's; OpenCLIP takes any
+            factors = "::".join(map(str, weights_of(factors)))
+        found["weights"] = (factors, "--train-data-upsampling-factors")
+    return found
+
+
 def _beside(checkpoint: str) -> list[str]:
     """Where the record of a checkpoint's run may lie: as written now, then as earlier versions wrote it."""
     folder = checkpoint.rstrip("/").rpartition("/")[0]
@@ -359,7 +393,7 @@ def _check_resumed(
 
 def _fetch(places: list[str]) -> Optional[tuple[str, bytes]]:
     """The first of these URLs that is there, and what it holds."""
-    import fsspec  # type: ignore[import-untyped]  # OpenCLIP reads the checkpoint itself with it
+    import fsspec  # OpenCLIP reads the checkpoint itself with it
 
     for place in places:
         try:

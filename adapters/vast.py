@@ -15,16 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..clusters import CAPTION
 from ..config import Config
 from ..errors import ConfigError, SeamError, TableError
 from ..fields import TEXT, Field
-from ..hosts.adapter import Adapter, Resolved, Table
+from ..hosts.adapter import Adapter, Resolved
 from ..hosts.session import INFO, Facts, Session
-from ..large import open_table
 from ..options import Option
 from ..presets import Preset
 from ..record import FILE_NAME
+from ..tables import CAPTION, Table, open_table
 
 LABEL_SMOOTHING = 0.1
 """As VAST has it, in its own code."""
@@ -128,7 +127,7 @@ class Gram(Vast):
 VAST, GRAM = Vast(), Gram()
 
 
-class Run(Session):
+class VASTSession(Session):
     """MM-TS in one VAST training run: made where VAST's training loop starts.
 
     Args:

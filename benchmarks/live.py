@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from mmts_plugins.diagnostics import batch_statistics
 from mmts_plugins.functional import info_nce
-from mmts_plugins.live import batch_statistics
 
 EVERY = 100  # --mmts-diagnostics-every's default
 

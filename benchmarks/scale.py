@@ -46,7 +46,7 @@ def write_captions(rows: int, output: str) -> None:
 
 def write_table(rows: int, output: str) -> None:
     """A table of distinct keys with 200 cluster sizes, in parts as ``--engine ray`` writes them."""
-    from mmts_plugins.clusters import ClusterTable
+    from mmts_plugins.tables import ClusterTable
 
     sizes = np.sort(np.random.default_rng(0).zipf(1.3, 200).clip(1, 10_000))[::-1].astype(float) * 100
     parts = -(-rows // _PART)
@@ -63,8 +63,8 @@ def start(table: str) -> None:
     """What a host does at its start: open the table, build or map the index, look a batch up."""
     import torch
 
-    from mmts_plugins.large import open_table
-    from mmts_plugins.lookup import TokenLookup
+    from mmts_plugins.tables import open_table
+    from mmts_plugins.tables.index import TokenLookup
 
     def tokenizer(texts: list[str]) -> torch.Tensor:
         # Fixed-width bytes: a stand-in that costs little, so that what is measured is the table and the index.

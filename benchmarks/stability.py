@@ -23,8 +23,8 @@ from mmts_plugins.clustering.estimate import Recipe, estimate, resolve
 from mmts_plugins.data import cache, encoders
 from mmts_plugins.data.captions import read_samples
 from mmts_plugins.data.source import Source
-from mmts_plugins.hashing import hash_strings
 from mmts_plugins.presets import presets
+from mmts_plugins.tables.hashing import hash_strings
 
 SETS = {
     "YouCook2": Source("youcook2/descs_cap_train.json"),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _started = False
 _guarded = False
+parsed: dict[str, Any] = {}
+"""What a guarded reader of a host's command line last gave, by its module: for who makes the host's model."""
 
 
 def means_us(value: str) -> bool:
@@ -82,6 +84,21 @@ def guard() -> None:
     for module, names in _before.READERS.items():
         if module not in sys.modules:
             _hooks.after_import(module, _guarding(*names))
+    for module in _before.ALWAYS:
+        if module not in sys.modules:
+            _hooks.after_import(module, _attach)
+
+
+def _attach(module: Any) -> None:
+    """The seams of a module that every process has. Where they are not as we know them nothing is said: a process that
+    asks for us stops over it when it is armed, and nobody else need know of us."""
+    from contextlib import suppress
+    from importlib import import_module
+
+    from .errors import MMTSError
+
+    with suppress(MMTSError):
+        import_module(f".patches.{_before.ALWAYS[module.__name__]}", __package__).HOST.attach(module)
 
 
 def _guarding(reader: str, beside: str) -> Callable[[Any], None]:
@@ -99,7 +116,8 @@ def _guarding(reader: str, beside: str) -> Callable[[Any], None]:
             found = swallowed(given) if isinstance(given, (list, tuple)) else None
             if found is not None:
                 _tell_swallowed(module.__name__, found)
-            return original(*args, **kwargs)
+            parsed[module.__name__] = result = original(*args, **kwargs)
+            return result
 
         setattr(module, reader, guarded)
 

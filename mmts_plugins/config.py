@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 from . import losses
 from .errors import ConfigError, shown
@@ -13,6 +13,7 @@ from .fields import Field
 from .losses import LossKind
 from .options import COMMON, CONFIG_FILE, DEFAULT_OSCILLATIONS, Option, field_of, flag_of, flag_parser, split_flags
 from .presets import presets
+from .schedule import CosineSchedule
 
 if TYPE_CHECKING:
     from .hosts.adapter import Adapter
@@ -21,7 +22,7 @@ __all__ = ["THIRDS", "Config", "flag_parser", "merge", "split_flags"]
 
 logger = logging.getLogger(__name__)
 
-THIRDS = ("head", "mid", "tail")
+THIRDS = ("head", "middle", "tail")
 """Of the training samples ranked by frequency, as logs and evaluations name them."""
 SMALLEST_CALM_TEMPERATURE = 0.01  # a logit scale of 100, where CLIP clamps its own
 SHIFTS = ("alpha", "shift_min", "shift_max")
@@ -44,8 +45,11 @@ class Config:
     preset: Optional[str] = None
     num_oscillations: Optional[float] = DEFAULT_OSCILLATIONS
     period: Optional[float] = None
+    start_phase: float = 0.0
     no_schedule: bool = False
     no_shifts: bool = False
+    mean_matched: bool = False
+    shuffle_shifts: Optional[int] = None
     missing: str = "tail"
     diagnostics_every: int = 100
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +66,10 @@ class Config:
             raise ConfigError(f"--mmts-shift-min {self.shift_min} is above --mmts-shift-max {self.shift_max}")
         if (self.num_oscillations is None) == (self.period is None):
             raise ConfigError("give either --mmts-num-oscillations or --mmts-period, not both and not neither")
+        if self.mean_matched and not self.no_shifts:
+            raise ConfigError("--mmts-mean-matched says which shift all samples get: it goes with --mmts-no-shifts")
+        if self.shuffle_shifts is not None and self.no_shifts:
+            raise ConfigError("--mmts-shuffle-shifts: --mmts-no-shifts leaves no shifts to shuffle; drop one of them")
         if kind.forbids(self.lowest):
             must = "must not be negative" if kind.is_margin else "must stay above zero"
             raise ConfigError(
@@ -87,7 +95,14 @@ class Config:
 
     @property
     def _lowest_shift(self) -> float:
-        return (self.shift_min + self.shift_max) / 2 if self.no_shifts else self.shift_min
+        if self.no_shifts and not self.mean_matched:
+            return (self.shift_min + self.shift_max) / 2
+        return self.shift_min  # the table's mean, which is not known here, is not below it
+
+    @property
+    def reads_table(self) -> bool:
+        """Whether any temperature depends on the table."""
+        return not self.no_shifts or self.mean_matched
 
     @property
     def lowest(self) -> float:
@@ -99,12 +114,15 @@ class Config:
         """``alpha``, or zero under ``--mmts-no-schedule``."""
         return 0.0 if self.no_schedule else self.alpha
 
+    def schedule(self, total_steps: int) -> CosineSchedule:
+        """Eq. 7 for a run of ``total_steps`` optimizer steps."""
+        return CosineSchedule(self.amplitude, self.period_steps(total_steps), self.start_phase)
+
     def period_steps(self, total_steps: int) -> float:
         """T of Eq. 7 for a run of ``total_steps`` optimizer steps."""
-        if self.period is not None:
-            return self.period
-        assert self.num_oscillations is not None
-        return total_steps / self.num_oscillations
+        if self.num_oscillations is not None:
+            return total_steps / self.num_oscillations
+        return cast(float, self.period)  # exactly one of them is set
 
     def publish(self, args: Any) -> None:
         """Onto a host's parsed arguments, as plain values: into whatever it prints, saves or sends of them."""

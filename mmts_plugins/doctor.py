@@ -98,7 +98,7 @@ def _host(host: Any) -> tuple[bool, int]:
     """Whether it is installed, and how many problems it has."""
     version = host.version()
     print(f"host {host.name} ({host.distribution} {version}; known: {host.versions})")
-    if version == "not installed":
+    if version == "not installed" or not all(_is_there(seam.module.partition(".")[0]) for seam in host.seams[:1]):
         _line("absent", host.checkout or f"pip install 'mmts-plugins[{host.name.lower()}]'")
         return False, 0
     try:
@@ -107,10 +107,17 @@ def _host(host: Any) -> tuple[bool, int]:
         _line("PROBLEM", str(error))
         return True, 1
     problems = sum(_seam(host, seam) for seam in host.seams)
+    if not host.seams:
+        _line("ok", "nothing is patched")
     unmet = host.unmet()
     if unmet is not None or host.needs:
         _line("PROBLEM" if unmet else "ok", unmet or f"{', '.join(host.needs)}: can be imported")
     return True, problems + int(unmet is not None)
+
+
+def _is_there(package: str) -> bool:
+    """Whether a package that a host's newer or older versions call otherwise can be found."""
+    return importlib.util.find_spec(package) is not None
 
 
 def _seam(host: Any, seam: Any) -> int:
@@ -118,6 +125,12 @@ def _seam(host: Any, seam: Any) -> int:
         importlib.import_module(seam.module)
     except SeamError as error:
         _line("PROBLEM", str(error))
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name == seam.module and not seam.required:
+            _line("ok", f"{seam}: not in this version")
+            return 0
+        _line("PROBLEM", f"{seam}: cannot be imported: {cause(error)}")
         return 1
     except (Exception, SystemExit) as error:  # a host written for other versions of its libraries fails in many ways
         _line("PROBLEM", f"{seam}: cannot be imported: {cause(error)}")
@@ -131,7 +144,7 @@ def _seam(host: Any, seam: Any) -> int:
 
 
 def _table(path: str) -> int:
-    from .large import open_table
+    from .tables import open_table
 
     print(f"cluster table {path}")
     try:

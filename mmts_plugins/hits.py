@@ -63,6 +63,14 @@ def judge(
     return None
 
 
+def judge_known(
+    absent: Sequence[str], total: int, what: str, source: str, missing: str, found_by: str = "", hint: str = ""
+) -> Optional[str]:
+    """:func:`judge`, of ``total`` samples that are all known, and of which the table lacks ``absent``."""
+    examples = list(dict.fromkeys(absent))
+    return judge(len(absent), total, f"{total} {what}", source, missing, examples, found_by, hint)
+
+
 class HitGuard:
     """Judges the samples of the first batches, of all ranks together, by :func:`judge`.
 
@@ -74,10 +82,10 @@ class HitGuard:
 
     Args:
         what, source, missing: see :func:`judge`.
-        text: makes an example of a row given to :meth:`see`.
+        text: makes an example of a row given to :meth:`add`.
         warn: shows a warning; called on the first rank.
         device: where the ranks' numbers are summed up.
-        rank, world_size: every rank must call :meth:`see` for each batch, and :meth:`conclude`.
+        rank, world_size: every rank must call :meth:`add` for each batch, and :meth:`conclude`.
     """
 
     def __init__(
@@ -100,7 +108,7 @@ class HitGuard:
         self._judged = False
         self._look: Optional[Callable[[], list[int]]] = None
 
-    def see(self, missed: Tensor, rows: Union[Tensor, Sequence[str]]) -> None:
+    def add(self, missed: Tensor, rows: Union[Tensor, Sequence[str]]) -> None:
         """A batch of this rank: ``[n]`` whether a sample is absent from the table, and ``n`` rows to show it by.
 
         Raises:

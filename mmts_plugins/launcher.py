@@ -24,7 +24,7 @@ def launch(arguments: Sequence[str], local_rank: Sequence[str] = ()) -> Callable
     registry.install_all()
     as_module = arguments[0] == "-m"
     if as_module and len(arguments) < 2:
-        raise ConfigError("mmts run -m: which module? For example: mmts run -m open_clip_train.main --loss mmts ...")
+        raise ConfigError("mmts run -m: which module? For example: mmts run -m package.trainer --loss mmts ...")
     target, rest = (arguments[1], arguments[2:]) if as_module else (arguments[0], arguments[1:])
     safe_path = getattr(sys.flags, "safe_path", False)
     if as_module and not safe_path and not {"", os.getcwd()} & set(sys.path):

@@ -72,8 +72,25 @@ COMMON = (
         compared=False,  # its period is
     ),
     Option("period", _TURNS, "length of a period in optimizer steps, instead of a number", "STEPS"),
+    Option(
+        "start_phase",
+        Field(NUMBER, least=0, most=1),
+        "where in its period the run starts: 0 at the cosine's top (default, the paper's), 0.5 at its bottom",
+        "P",
+    ),
     Option("no_schedule", Field(SWITCH), "ablation: shifts only (the paper's ICS)"),
-    Option("no_shifts", Field(SWITCH), "ablation: schedule only (the paper's TS), at the mid shift"),
+    Option("no_shifts", Field(SWITCH), "ablation: schedule only (the paper's TS), at the middle shift"),
+    Option(
+        "mean_matched",
+        Field(SWITCH),
+        "control, with --mmts-no-shifts: every sample gets the mean shift of the table, not the middle of the range",
+    ),
+    Option(
+        "shuffle_shifts",
+        Field(WHOLE, null=True, least=0, most=2**32 - 1),
+        "control: the table's frequencies go to the wrong captions, drawn with this seed",
+        "SEED",
+    ),
     Option(
         "missing",
         Field(TEXT, choices=MISSING),

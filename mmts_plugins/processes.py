@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,8 +17,15 @@ from typing import Optional
 from .errors import MMTSError
 
 _TAIL_LINES = 25
+_CHATTER = re.compile(r"[DI][01]\d{3} \d\d:\d\d:\d\d\.\d+ \d+ \S*/torch/")
+"""What torch says of its compiler when a process ends whose root logger is at INFO, as OpenCLIP's: not why it ended."""
 _SHOWN = 160  # characters of a command in a message, which is to end with what the command said
 _KEEPER = Path(__file__).resolve().parent / "_keeper.py"
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shown(command: Sequence[str]) -> str:
@@ -76,7 +84,8 @@ def run_logged(
                 os.close(life)
                 life = -1
                 for line in process.stdout:
-                    tail.append(line.rstrip())
+                    if not _CHATTER.match(line):
+                        tail.append(line.rstrip())
                     on_line(line)
             except BaseException:
                 # Ctrl-C, or a fault of ours: do not leave a trainer behind.

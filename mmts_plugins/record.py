@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,6 +28,8 @@ RECORDED = {
     "mmts_plugins": Field(TEXT, empty=True),
 }
 """What a record says beside the fields of :class:`.config.Config`."""
+_ADDED = {"start_phase": 0.0, "mean_matched": False, "shuffle_shifts": None}
+"""Fields that records of before do not have, as those runs had them."""
 _LARGEST_FILE = 2**16  # bytes; a record has some 600
 
 
@@ -54,6 +56,11 @@ def record(config: Config, total_steps: int, table_hash: Optional[str], host: st
         "host_version": host_version,
         "mmts_plugins": __version__,
     }
+
+
+def says_something(name: str, value: Any) -> bool:
+    """Tell whether a field of a record is worth showing by itself: not where it only says that nothing is so."""
+    return value is not None and value is not False and (name, value) != ("start_phase", 0.0)
 
 
 def load_file(path: PathLike, own: Sequence[Option] = ()) -> dict[str, Any]:
@@ -142,23 +149,36 @@ for _tag, _pattern, _first in (
 
 
 def check_resume(
-    saved_path: PathLike, values: dict[str, Any], allow_change: bool, table: Any = None, source: str = ""
+    saved_path: PathLike, values: Mapping[str, Any], allow_change: bool, table: Any = None, source: str = ""
+) -> None:
+    """Compare this run's record with the file of the checkpoint it resumes; see :func:`compare_records`.
+
+    Args:
+        source: where the file is a copy, what it was copied from.
+    """
+    saved = read_record(saved_path) if Path(saved_path).exists() else None
+    compare_records(saved, values, allow_change, table, source or str(saved_path))
+
+
+def compare_records(
+    saved: Optional[Mapping[str, Any]], values: Mapping[str, Any], allow_change: bool, table: Any, source: str
 ) -> None:
     """Compare this run's record with the one of the checkpoint it resumes.
 
     Args:
+        saved: ``None``: it has none.
         table: the run's, which knows its hash of format 1 too: a run recorded with that goes on.
-        source: where the file is a copy, what it was copied from.
+        source: of ``saved``, for messages.
 
     Raises:
         ConfigError: naming every field that differs, unless ``allow_change``.
     """
-    if not Path(saved_path).exists():
-        problem = f"{source or saved_path} does not exist: the checkpoint was not trained with MM-TS"
+    if saved is None:
+        problem = f"{source} does not exist: the checkpoint was not trained with MM-TS"
     else:
-        saved = read_record(saved_path)
+        saved = {**_ADDED, **saved}
         passed_over = {"total_steps", "mmts_plugins"} | {option.name for option in _options() if not option.compared}
-        if values.get("no_shifts"):
+        if values.get("no_shifts") and not values.get("mean_matched"):
             passed_over.add("table_hash")  # no temperature depends on it
         different = [
             f"{name} was {shown(saved.get(name))} and is {shown(value)}"
@@ -169,7 +189,7 @@ def check_resume(
         ]
         if not different:
             return
-        problem = f"{source or saved_path}: the resumed run differs: " + "; ".join(different)
+        problem = f"{source}: the resumed run differs: " + "; ".join(different)
     if not allow_change:
         raise ConfigError(problem + ". Go on anyway with --mmts-allow-config-change")
     logger.warning("MM-TS: %s (allowed by --mmts-allow-config-change)", problem)

@@ -15,9 +15,11 @@ class CosineSchedule:
     Args:
         alpha: peak-to-peak amplitude, in units of temperature (or margin). Zero switches the schedule off.
         period: T, in optimizer steps; need not be whole.
+        start: where in its period step 0 is, in ``[0, 1]``: 0, as in the paper, at the cosine's top, 0.5 at its bottom.
 
     Raises:
-        ConfigError: ``alpha`` is negative, ``period`` is not positive, or either is not finite.
+        ConfigError: ``alpha`` is negative, ``period`` is not positive, either is not finite, or ``start`` is not in
+            ``[0, 1]``.
 
     Examples:
         >>> from mmts_plugins.schedule import CosineSchedule
@@ -30,6 +32,7 @@ class CosineSchedule:
 
     alpha: float
     period: float
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
@@ -38,11 +41,13 @@ class CosineSchedule:
             raise ConfigError(
                 f"the period is {self.period} steps: it must be above zero (--mmts-period, --mmts-num-oscillations)"
             )
+        if not 0 <= self.start <= 1:
+            raise ConfigError(f"the start is {self.start} periods: it must be from 0 to 1 (--mmts-start-phase)")
 
     def offset(self, step: float) -> float:
         """Return ``tau_base`` at an optimizer step (zero-based); in ``[-alpha/2, alpha/2]``."""
-        return self.alpha * math.cos(2.0 * math.pi * (step / self.period)) / 2.0
+        return self.alpha * math.cos(2.0 * math.pi * (step / self.period + self.start)) / 2.0
 
     def phase(self, step: float) -> float:
         """Return the position inside the current period, in ``[0, 1)``."""
-        return (step / self.period) % 1.0
+        return (step / self.period + self.start) % 1.0

@@ -19,6 +19,10 @@ PARSED_IN = (*READERS, "training.params", "avion.losses.losses")
 """Modules whose import comes before a host has read its command line."""
 
 
+ALWAYS = {"open_clip.convert": "openclip", "open_clip.factory": "openclip"}
+"""Modules with seams that every process has, each with the module here that knows them."""
+
+
 def is_started_by(argument: str) -> bool:
     """Whether an argument starts a host: by a word in it; or VAST's ``run.py``, whose name says nothing by itself."""
     if any(word in argument for word in WORDS):

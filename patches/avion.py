@@ -31,7 +31,7 @@ from ..hosts.registry import hookimpl
 from ..options import flag_parser, split_flags
 
 if TYPE_CHECKING:
-    from ..adapters.avion import Job, Run
+    from ..adapters.avion import AVIONSession, Job
     from ..hosts.adapter import Adapter
 
 FINETUNING, PRETRAINING = "main_lavila_finetune_mir", "main_lavila_pretrain"
@@ -43,10 +43,10 @@ _SCRIPTS = {f"{FINETUNING}.py": FINETUNING, f"{PRETRAINING}.py": PRETRAINING, **
 _FORK = "MMTSMaxMarginRankingLoss"
 
 _job: Optional[Job] = None
-_travelling: Optional[Travelling] = None
+_flags_of_job: Optional[PickledFlags] = None
 
 
-class Travelling:
+class PickledFlags:
     """Our flags on their way into a job: submitit pickles AVION's arguments, and these with them. To unpickle them is
     to arm the job's process, whatever its own command line and environment are."""
 
@@ -57,14 +57,14 @@ class Travelling:
         return repr(self.flags)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.script, self.flags)
+        return _unpickled, (self.script, self.flags)
 
 
-def _arrive(script: str, flags: dict[str, Any]) -> Travelling:
-    global _travelling
-    _travelling = Travelling(script, flags)
+def _unpickled(script: str, flags: dict[str, Any]) -> PickledFlags:
+    global _flags_of_job
+    _flags_of_job = PickledFlags(script, flags)
     HOST.install()
-    return _travelling
+    return _flags_of_job
 
 
 def _adapters() -> Sequence[Adapter]:
@@ -74,7 +74,7 @@ def _adapters() -> Sequence[Adapter]:
 
 
 def _take_flags(module: ModuleType) -> None:
-    global _job, _travelling
+    global _job, _flags_of_job
     _job = None
     script = os.path.basename(sys.argv[0])
     if hasattr(module, _FORK):
@@ -89,18 +89,18 @@ def _take_flags(module: ModuleType) -> None:
     if script in _SCRIPTS and {"-h", "--help"} & set(sys.argv):
         print(flag_parser(_adapters()[0].options).format_help())
         return
-    ours = _travelling or _own_flags(script)
+    ours = _flags_of_job or _own_flags(script)
     if ours is None:
         return
     if script in _SUBMITTED:
-        _travelling = ours
+        _flags_of_job = ours
     from ..adapters.avion import Job
 
     finetuning, pretraining = _adapters()
     _job = Job(pretraining if ours.script == PRETRAINING else finetuning, ours.flags, HOST.version())
 
 
-def _own_flags(script: str) -> Optional[Travelling]:
+def _own_flags(script: str) -> Optional[PickledFlags]:
     """Ours on this process's command line, and off it; ``None`` where there are none."""
     if not asks_for_us(sys.argv):
         return None
@@ -112,13 +112,13 @@ def _own_flags(script: str) -> Optional[Travelling]:
     if script not in _SCRIPTS:
         raise ConfigError(f"{script or 'this process'}: in AVION, --loss mmts is for {', '.join(sorted(_SCRIPTS))}")
     sys.argv[1:] = rest
-    return Travelling(_SCRIPTS[script], flags)
+    return PickledFlags(_SCRIPTS[script], flags)
 
 
 def _get_args_parser(original: Callable[..., Any]) -> Any:
     parser = original()
-    if _travelling is not None:
-        parser.set_defaults(mmts_flags=_travelling)
+    if _flags_of_job is not None:
+        parser.set_defaults(mmts_flags=_flags_of_job)
     return parser
 
 
@@ -172,7 +172,7 @@ def _dataset_getitem(original: Callable[..., Any], self: Any, i: int) -> Any:
 def _model_forward(original: Callable[..., Any], self: Any, image: Any, text: Any) -> Any:
     run = _training_run()
     if run is not None:
-        run.see(text)
+        run.take_tokens(text)
     return original(self, image, text)
 
 
@@ -180,9 +180,9 @@ def _cosine_scheduler(original: Callable[..., Any], *args: Any, **kwargs: Any) -
     schedule = original(*args, **kwargs)
     if _job is None:
         return schedule
-    from ..adapters.avion import ToldSchedule
+    from ..adapters.avion import ClockSchedule
 
-    return ToldSchedule.of(schedule, _job.start(len(schedule)).at_step)
+    return ClockSchedule.of(schedule, _job.start(len(schedule)).at_step)
 
 
 def _progress_init(
@@ -191,7 +191,7 @@ def _progress_init(
     original(self, num_batches, meters if _job is None else _job.meters(num_batches, meters, prefix), prefix)
 
 
-def _training_run() -> Optional[Run]:
+def _training_run() -> Optional[AVIONSession]:
     """Ours, in a training step; there it must have started by now."""
     if _job is None or not sys.modules["torch"].is_grad_enabled():
         return None

@@ -28,7 +28,7 @@ from ..hosts.registry import hookimpl
 from ..options import flag_parser, split_flags
 
 if TYPE_CHECKING:
-    from ..adapters.vast import Run, Vast
+    from ..adapters.vast import Vast, VASTSession
     from ..hosts.adapter import Adapter, Resolved
 
 _GRAM = "GRAM"
@@ -36,7 +36,7 @@ _ENCODER = "model.text_encoders.bert.bert"
 _ADVICE = "VAST was written for transformers 4.31: pip install 'transformers>=4.31,<4.56'"
 
 _resolved: Optional[tuple[Vast, Resolved]] = None
-_run: Optional[Run] = None
+_run: Optional[VASTSession] = None
 
 
 def _adapter(name: str) -> Vast:
@@ -104,7 +104,7 @@ def _refuse_abbreviations(rest: Sequence[str]) -> None:
 def _train(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     global _run
     if _resolved is not None:
-        from ..adapters.vast import Run
+        from ..adapters.vast import VASTSession
 
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
@@ -112,7 +112,7 @@ def _train(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -
         run_cfg = values["run_cfg"] if "run_cfg" in values else values["args"].run_cfg  # GRAM passes all of them
         log = inspect.unwrap(original).__globals__["LOGGER"]
         loaders, first = values["train_loader"].name2loader, values["start_step"]
-        _run = Run(*_resolved, values["model"], loaders, run_cfg, first, log, _host_of(name).version())
+        _run = VASTSession(*_resolved, values["model"], loaders, run_cfg, first, log, _host_of(name).version())
     return original(*args, **kwargs)
 
 
@@ -124,7 +124,7 @@ def _get_lr_sched(original: Callable[..., Any], global_step: int, opts: Any) -> 
     return ratio
 
 
-def _started() -> Optional[Run]:
+def _started() -> Optional[VASTSession]:
     if _resolved is not None and _run is None:
         raise SeamError("VAST: a training step before its loop was seen to start")
     return _run

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,13 +31,25 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"fuzzing: {cases} cases, {refused} of them refused in one line")
 
 
+def shared_folder(name: str, what: str) -> Path:
+    """The folder that ``MMTS_NAME`` names, or ``shared/name`` beside the repository; the test skips without it."""
+    variable = f"MMTS_{name.upper()}"
+    folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / name))
+    if not folder.is_dir():
+        pytest.skip(f"no {what} at {folder} (set {variable})")
+    return folder
+
+
+def host_folders(distribution: str) -> list[Path]:
+    """Older versions of a host, each in a folder of its own that ``make hosts`` made in the environment."""
+    folders = (Path(sys.prefix) / "hosts").glob(f"{distribution}-*")
+    return sorted(folders, key=lambda folder: [int(part) for part in folder.name.rpartition("-")[2].split(".")])
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Numbers computed with the authors' code: ``MMTS_GOLDEN``, or ``shared/golden`` beside the repository."""
-    folder = Path(os.environ.get("MMTS_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
-    if not folder.is_dir():
-        pytest.skip(f"no golden numbers at {folder} (set MMTS_GOLDEN)")
-    return folder
+    """Numbers computed with the authors' code."""
+    return shared_folder("golden", "golden numbers")
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +57,24 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MMTS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _own_logging():
+    """OpenCLIP's trainer sets the level of every logger of the process, and the root's handlers, for good."""
+    root, known = logging.getLogger(), logging.root.manager.loggerDict
+    level, handlers = root.level, list(root.handlers)
+    levels = {name: each.level for name, each in known.items() if isinstance(each, logging.Logger)}
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    for name, each in known.items():
+        if isinstance(each, logging.Logger):
+            each.setLevel(levels.get(name, logging.NOTSET))
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> str:
     """``--model`` for a ViT as small as OpenCLIP builds one."""
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-def openclip_2() -> bool:
-    """Whether OpenCLIP is one of 2.x, which knows neither ``--device`` nor ``local-dir:`` models."""
-    found = next(iter(metadata.distributions(name="open_clip_torch")), None)
-    return found is not None and found.version.startswith("2.")
 
 
 def write_model(folder: Path, **changes: object) -> str:
@@ -66,17 +86,25 @@ def write_model(folder: Path, **changes: object) -> str:
     }
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     folder.mkdir(parents=True, exist_ok=True)
-    if openclip_2():  # known by its name, in this process only
-        import open_clip
-
-        path = folder / f"{folder.parent.name}-{folder.name}.json"
-        path.write_text(json.dumps(config))
-        open_clip.add_model_config(path)
-        return path.stem
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    return f"local-dir:{folder}"
+    model = f"local-dir:{folder}"
+    if "multimodal_cfg" in changes:  # OpenCLIP leaves one parameter of a CoCa's decoder as its memory was: NaN at times
+        import open_clip
+        import torch
+
+        coca = open_clip.create_model(model)
+        torch.nn.init.normal_(coca.text_decoder.text_projection, std=0.1)
+        torch.save(coca.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return model
 
 
+SIGLIP = {  # as OpenCLIP's ViT-B-16-SigLIP is built, but for its sizes
+    "embed_dim": 64, "init_logit_bias": -10.0, "custom_text": True,
+    "vision_cfg": {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "map",
+                   "timm_proj": "none", "image_size": 160},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
+                 "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}},
+}  # fmt: skip
 CAPTIONS = [f"a photo of {noun}" for noun in ("a dog", "a cat", "two birds", "the Sea!!!", "a car", "an old tree")]
 CLUSTER_OF = [0, 0, 1, 2, 3, 3]
 HOW_MANY = [14, 10, 9, 2, 3, 10]
@@ -88,7 +116,7 @@ class Data:
     def __init__(self, folder: Path) -> None:
         from PIL import Image
 
-        from mmts_plugins.clusters import ClusterTable
+        from mmts_plugins.tables import ClusterTable
 
         self.folder = folder
         self.csv = folder / "train.tsv"
@@ -118,7 +146,7 @@ def openclip_flags(model: str, logs: Path, name: str = "run", **changes: object)
         "model": model,
         "logs": logs,
         "name": name,
-        "device": None if openclip_2() else "cpu",
+        "device": "cpu",
         "precision": "fp32",
         "batch-size": 8,
         "epochs": 2,
@@ -140,6 +168,9 @@ def openclip_flags(model: str, logs: Path, name: str = "run", **changes: object)
 
 def run_python(*arguments: object, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter, as a user starts one; output as text, errors merged in."""
+    outer = os.environ.get("PYTHONPATH")  # of a copy of the code that is tested in the place of the installed one
+    if outer and "PYTHONPATH" in environment:
+        environment["PYTHONPATH"] += os.pathsep + outer
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

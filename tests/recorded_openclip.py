@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -9,22 +10,26 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "shim"))
 import numpy as np
 import sitecustomize
 import torch
-from open_clip_train.main import main
 
-from mmts_plugins.adapters.openclip import Run, ScheduledLoss
+from mmts_plugins.adapters.openclip import OpenCLIPSession, ScheduledLoss
 
 assert "shim" in sitecustomize.__file__ or hasattr(sitecustomize, "_without_device_ids")
+
+main = importlib.import_module(os.environ.get("TEST_TRAINER", "open_clip_train") + ".main").main
+if "TEST_MODEL" in os.environ:  # until 3.0 a model of one's own is known by its name, in this process only
+    importlib.import_module("open_clip").add_model_config(os.environ["TEST_MODEL"])
 
 rank = os.environ.get("RANK", "0")
 target, arguments = sys.argv[1], sys.argv[2:]
 records: dict[str, list] = {"image": [], "text": [], "temperature": [], "loss": [], "step": [], "tokens": []}
-forward, temperatures = ScheduledLoss.forward, Run.of_batch
+forward, temperatures = ScheduledLoss.forward, OpenCLIPSession.of_batch
 step = [0]
 
 
 def recording_temperatures(run, tokens):
-    step[0] = run.runtime.step
-    records["tokens"].append(tokens.numpy())
+    step[0] = run.tau.step
+    if torch.is_grad_enabled():  # accumulation runs every batch once without
+        records["tokens"].append(tokens.numpy())
     return temperatures(run, tokens)
 
 
@@ -38,18 +43,19 @@ def recording_forward(loss, image_features, text_features, logit_scale, mmts_tem
     return out
 
 
-ScheduledLoss.forward, Run.of_batch = recording_forward, recording_temperatures
-begin_epoch = Run.begin_epoch
+ScheduledLoss.forward, OpenCLIPSession.of_batch = recording_forward, recording_temperatures
+begin_epoch = OpenCLIPSession.begin_epoch
 
 
 def dying(run, model, loss, epoch, *rest):
     if os.environ.get("TEST_DIE_BEFORE_EPOCH") == str(epoch):
         np.savez(f"{target}-{rank}.npz", **records)
         os._exit(9)
+    torch.manual_seed(epoch)  # OpenCLIP does not save the generator, which draws a single process's order
     begin_epoch(run, model, loss, epoch, *rest)
 
 
-Run.begin_epoch = dying
+OpenCLIPSession.begin_epoch = dying
 torch.set_num_threads(1)
 main(arguments)
 np.savez(f"{target}-{rank}.npz", **records)

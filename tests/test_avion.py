@@ -27,16 +27,15 @@ from forked import run_forked
 from mmts_plugins.adapters.avion import (
     FINETUNING,
     PRETRAINING,
+    AVIONSession,
     Job,
-    Run,
     authors_flags,
-    count_classes,
     load_classes,
-    narrations,
 )
-from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
+from mmts_plugins.adapters.ek100 import count_classes, narrations
 from mmts_plugins.errors import MMTSError, SeamError, TableError
 from mmts_plugins.options import split_flags
+from mmts_plugins.tables import CAPTION, CLASS, ClusterTable
 
 SCRIPT, PRETRAIN = "main_lavila_finetune_mir.py", "main_lavila_pretrain.py"
 STAND_IN = REPOSITORY / "tests" / "avion_stand_in"
@@ -332,7 +331,7 @@ def begun(tmp_path, metadata, *flags, pretraining=False, **more) -> Job:
     return job
 
 
-def started(job: Job, dataset=None, total: int = 12) -> Run:
+def started(job: Job, dataset=None, total: int = 12) -> AVIONSession:
     """As AVION does it: the training data first, then the length of the run."""
     job.find(samples() if dataset is None else dataset)
     return job.start(total)
@@ -399,7 +398,7 @@ def test_distribution_files_of_both_kinds_and_unknown_classes(metadata, tmp_path
     from_table = begun(tmp_path, metadata, "--mmts-clusters", tmp_path / "few.parquet", "--mmts-missing", "tail")
     for job in (from_csv, from_table):
         run = started(job)
-        shift = run.runtime.shift(torch.from_numpy(job.find(samples())))
+        shift = run.tau.shift(torch.from_numpy(job.find(samples())))
         counts = {"0": 3, "1": 2, "2": 9, "3": 2, "8": 1, "12": 1}
         expected = [0.17 + 0.13 * (counts[str(noun)] - 1) / 8 for _, noun in CLASSES]
         np.testing.assert_allclose(shift.numpy(), expected, atol=1e-12)
@@ -409,7 +408,7 @@ def test_a_segments_own_narration_in_a_caption_table(metadata, tmp_path):
     sizes = {caption: 1 + i**2 for i, caption in enumerate(NARRATIONS)}
     ClusterTable.build(list(sizes), range(len(sizes)), list(sizes.values())).save(tmp_path / "captions.parquet")
     job = begun(tmp_path, metadata, "--mmts-clusters", tmp_path / "captions.parquet")
-    shift = started(job).runtime.shift(torch.from_numpy(job.find(samples())))
+    shift = started(job).tau.shift(torch.from_numpy(job.find(samples())))
     own = [sizes[sample[4]] for sample in samples().samples]
     np.testing.assert_allclose(shift, 0.17 + 0.13 * (np.array(own) - 1) / (max(sizes.values()) - 1), atol=1e-12)
 
@@ -489,7 +488,7 @@ def test_drawn_captions_that_were_not_tried_before_training(metadata, tmp_path, 
         run._steps_per_epoch = 500
         for step in range(steps):
             run.at_step(step)
-            run.see(tokenize(drawn[20 * step :][:20]))
+            run.take_tokens(tokenize(drawn[20 * step :][:20]))
             with pytest.raises(TableError, match=message) if step == steps - 1 else contextlib.nullcontext():
                 run.loss_of_batch(host, features, features)
     # The first epoch ends before so many were seen: then it is judged as it is.
@@ -497,7 +496,7 @@ def test_drawn_captions_that_were_not_tried_before_training(metadata, tmp_path, 
     run._steps_per_epoch = 2
     for step, captions in enumerate([known[:20], [*known[:11], *drawn[:9]]]):
         run.at_step(step)
-        run.see(tokenize(captions))
+        run.take_tokens(tokenize(captions))
         run.loss_of_batch(host, features, features)
     said = "MM-TS: warning: 9 of the first 40 drawn captions are not in "
     assert [line.split(said)[1] for line in capsys.readouterr().out.splitlines() if said in line] == [
@@ -627,7 +626,7 @@ def test_example_dry_run(metadata, tmp_path):
     done = run_python(example, "verbs-nouns", *flags, "--", "--print-freq", 50)
     assert done.returncode == 0, done.stdout
     assert "--loss mmts --mmts-distribution verb_noun --print-freq 50" in done.stdout
-    assert "period        20 steps: 5 periods over 100 steps" in done.stdout
+    assert "period 20 steps: 5 periods over 100 steps" in " ".join(done.stdout.split())
     assert not (tmp_path / "out").exists()
 
 

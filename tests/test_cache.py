@@ -18,12 +18,12 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from mmts_plugins import _files, large, lookup
-from mmts_plugins.clusters import ClusterTable
+from mmts_plugins import _files
 from mmts_plugins.data import cache
 from mmts_plugins.distributed import first_on_node
 from mmts_plugins.errors import MMTSError, TableError
-from mmts_plugins.lookup import KeyLookup, TokenLookup
+from mmts_plugins.tables import ClusterTable, index, streamed
+from mmts_plugins.tables.index import KeyLookup, TokenLookup
 
 CPU = torch.device("cpu")
 KEYS = [f"caption {number} {'X' if number % 7 else 'x'}" for number in range(1300)]
@@ -48,8 +48,8 @@ def alike(place: int, key: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "_CACHE_FROM", 10)
-    monkeypatch.setattr(lookup, "_MOST_WORKERS", 0)
+    monkeypatch.setattr(index, "_CACHE_FROM", 10)
+    monkeypatch.setattr(index, "_MOST_WORKERS", 0)
     monkeypatch.setattr(_files, "_told", set())
     monkeypatch.setattr(_files, "_swept", set())
 
@@ -89,14 +89,14 @@ class Index(Kind):
     expected = SIZES[CLUSTER].tolist()
 
     def prepare(self, tmp_path: Path) -> None:
-        self.counting(lookup, "_build_index")
+        self.counting(index, "_build_index")
 
     def get(self) -> list[float]:
         return frequencies(TokenLookup(table(), tokenizer, 0, CPU))
 
     def stored(self) -> np.ndarray:
         find = TokenLookup(table(), tokenizer, 0, CPU)
-        hashes, rows = lookup._build_index(table(), tokenizer, 0)
+        hashes, rows = index._build_index(table(), tokenizer, 0)
         assert len(find._hashes) == len(hashes)
         self.builds = 0
         return np.stack([hashes, rows])
@@ -107,13 +107,13 @@ class Mapped(Kind):
     expected = SIZES[CLUSTER].tolist()
 
     def prepare(self, tmp_path: Path) -> None:
-        self.patch.setattr(large, "LARGE_FROM", 1000)
-        self.counting(lookup, "_write_index")
+        self.patch.setattr(streamed, "LARGE_FROM", 1000)
+        self.counting(index, "_write_index")
         self.path = tmp_path / "t.parquet"
         table().save(self.path)
 
     def get(self) -> list[float]:
-        return frequencies(TokenLookup(large.open_table(self.path), tokenizer, 0, CPU))
+        return frequencies(TokenLookup(streamed.open_table(self.path), tokenizer, 0, CPU))
 
 
 class Codes(Mapped):
@@ -126,10 +126,10 @@ class Facts(Mapped):
 
     def prepare(self, tmp_path: Path) -> None:
         super().prepare(tmp_path)
-        self.counting(large, "_read_through")
+        self.counting(streamed, "_read_through")
 
     def get(self) -> Any:
-        seen = large.open_table(self.path)
+        seen = streamed.open_table(self.path)
         return (seen.content_hash, len(seen), seen.clusters, seen.samples, seen.summary.low, seen.summary.high)
 
 
@@ -531,7 +531,7 @@ def test_a_large_table_is_known_by_its_path_and_each_files_name_length_time_and_
     status = {"st_size": 1, "st_mtime_ns": 2, "st_ctime_ns": 3, "st_ino": 4, "st_dev": 5}
 
     def name(path: str = "/t", file: str = "a", **changes: int) -> str:
-        return large.name_of(
+        return streamed.name_of(
             Path(path), [(file, SimpleNamespace(**{**status, **changes})), ("b", SimpleNamespace(**status))]
         )
 
@@ -551,10 +551,10 @@ def test_a_large_table_that_is_touched_is_read_again(tmp_path, monkeypatch):
 def test_rot_between_reading_a_large_table_and_indexing_it(tmp_path, monkeypatch):
     """Neither length nor time tell: the same file by other bytes."""
     kind = Mapped(tmp_path, monkeypatch)
-    monkeypatch.setattr(large, "name_of", lambda *_: "the same")
+    monkeypatch.setattr(streamed, "name_of", lambda *_: "the same")
     kind.get()
     table(frequency=SIZES[CLUSTER][::-1].copy()).save(kind.path)
-    seen = large.open_table(kind.path)
+    seen = streamed.open_table(kind.path)
     assert seen.content_hash == table().content_hash
     with pytest.raises(TableError, match="changed since it was read through"):
         TokenLookup(seen, lambda captions: tokenizer(captions) + 1, 0, CPU)
@@ -746,7 +746,7 @@ def test_a_tokenizer_that_is_random_everywhere(home, tmp_path, monkeypatch):
 
     kind = Mapped(tmp_path, monkeypatch)
     for opened in (table(), table(keys=KEYS[:5], cluster=CLUSTER[:5], frequency=SIZES[:5], count=COUNT[:5]),
-                   large.open_table(kind.path)):  # fmt: skip
+                   streamed.open_table(kind.path)):  # fmt: skip
         with pytest.raises(TableError, match="the tokenizer is random"):
             TokenLookup(opened, dropout, 0, CPU)
     assert list(home.glob("tokens-*")) == []
@@ -767,8 +767,8 @@ def test_a_tokenizer_that_fails_is_one_error(monkeypatch):
         return tokenizer(captions)
 
     for parallel in (10**9, 10):
-        monkeypatch.setattr(lookup, "_PARALLEL_FROM", parallel)
-        monkeypatch.setattr(lookup, "_MOST_WORKERS", 2)
+        monkeypatch.setattr(index, "_PARALLEL_FROM", parallel)
+        monkeypatch.setattr(index, "_MOST_WORKERS", 2)
         with pytest.raises(TableError, match=r"its captions cannot be tokenized: .*no such token"):
             TokenLookup(table(), fails, 0, CPU)
 
@@ -781,12 +781,12 @@ def where(number: int) -> torch.Tensor:
 
 
 def ran(**_: Any) -> tuple[list[int], set[int]]:
-    done = [part.tolist() for part in lookup._in_workers("t", where, [4, 5, 6, 7], 2)]
+    done = [part.tolist() for part in index._in_workers("t", where, [4, 5, 6, 7], 2)]
     return [number for number, _ in done], {process for _, process in done}
 
 
 def test_workers_are_other_processes_where_they_can_be_forked(monkeypatch):
-    monkeypatch.setattr(lookup, "_cores", lambda: 2)
+    monkeypatch.setattr(index, "cores", lambda: 2)
     numbers, processes = ran()
     assert numbers == [4, 5, 6, 7]
     assert len(processes) == 2
@@ -795,7 +795,7 @@ def test_workers_are_other_processes_where_they_can_be_forked(monkeypatch):
 
 @pytest.mark.parametrize("without", ["os.fork", "fork as a start method", "children", "memory", "workers", "cores"])
 def test_without_fork_the_same_is_done_here(without, monkeypatch):
-    monkeypatch.setattr(lookup, "_cores", lambda: 1 if without == "cores" else 2)
+    monkeypatch.setattr(index, "cores", lambda: 1 if without == "cores" else 2)
     if without == "os.fork":
         monkeypatch.delattr(os, "fork")
     elif without == "fork as a start method":
@@ -805,16 +805,16 @@ def test_without_fork_the_same_is_done_here(without, monkeypatch):
     elif without == "memory":
         monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
     many = 0 if without == "workers" else 2
-    done = [part.tolist() for part in lookup._in_workers("t", where, [4, 5, 6, 7], many)]
+    done = [part.tolist() for part in index._in_workers("t", where, [4, 5, 6, 7], many)]
     assert done == [[number, os.getpid()] for number in (4, 5, 6, 7)]
 
 
 @pytest.mark.parametrize("fork", [True, False])
 def test_a_whole_index_with_and_without_fork(fork, tmp_path, monkeypatch):
-    monkeypatch.setattr(lookup, "_PARALLEL_FROM", 10)
-    monkeypatch.setattr(lookup, "_MOST_WORKERS", 2)
-    monkeypatch.setattr(lookup, "_CHUNK", 100)
-    monkeypatch.setattr(lookup, "_cores", lambda: 2)
+    monkeypatch.setattr(index, "_PARALLEL_FROM", 10)
+    monkeypatch.setattr(index, "_MOST_WORKERS", 2)
+    monkeypatch.setattr(index, "_CHUNK", 100)
+    monkeypatch.setattr(index, "cores", lambda: 2)
     if not fork:
         monkeypatch.delattr(os, "fork")
     assert Index(tmp_path, monkeypatch).get() == Mapped(tmp_path, monkeypatch).get() == SIZES[CLUSTER].tolist()

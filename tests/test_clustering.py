@@ -22,16 +22,15 @@ import numpy as np
 import pytest
 
 from mmts_plugins.clustering import build, kmeans
-from mmts_plugins.clusters import CAPTION, CLASS, ClusterTable
 from mmts_plugins.commands.cluster import add_parser
 from mmts_plugins.data import captions, captions_parquet
-from mmts_plugins.data.captions import caption_batches, read_samples, units
-from mmts_plugins.data.captions_parquet import failed_downloads
+from mmts_plugins.data.captions import caption_batches, left_out, read_samples, units
 from mmts_plugins.data.classes import load_classes, read_class_counts
 from mmts_plugins.data.embeddings import read_embeddings
 from mmts_plugins.data.rows import Rows
 from mmts_plugins.data.source import Source
 from mmts_plugins.errors import MMTSError
+from mmts_plugins.tables import CAPTION, CLASS, ClusterTable
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
@@ -192,21 +191,19 @@ def test_cells_with_line_breaks_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "flags", "captions"),
     [
-        ("1.jpg#0\ta kite\n1.jpg#1\ta 7\" pan\n2.jpg#0\t\"so\", he said\n", "--no-header --column 1 --separator '\\t'",
-         ["a kite", 'a 7" pan', '"so", he said']),
-        ("image,caption\n1.jpg,a kite\n1.jpg,a boat\n", "--column caption --separator ,", ["a kite", "a boat"]),
-        ("image_name| comment_number| comment\n1.jpg| 0| a kite\n1.jpg| 1| a boat\n",
-         "--column ' comment' --separator '\\|'", [" a kite", " a boat"]),
-        ("a kite\thttp://x\na boat\thttp://y\n", "--no-header --column 1 --separator '\\t'", None),
+        ("1.jpg,a kite\n1.jpg,a 7 pan\n2.jpg,he said\n", "--no-header --column 1 --separator ,",
+         ["a kite", "a 7 pan", "he said"]),
+        ("picture,text\n1.jpg,a kite\n1.jpg,a boat\n", "--column text --separator ,", ["a kite", "a boat"]),
+        ("a kite\t0.7\na boat\t0.2\n", "--no-header --column 1 --separator '\\t'", None),
     ],
 )  # fmt: skip
 def test_lines_of_a_table_are_not_captions(
     tmp_path: Path, text: str, flags: str, captions: Optional[list[str]]
 ) -> None:
-    path = write(tmp_path / "token.txt", text)
+    path = write(tmp_path / "lines.txt", text)
     with pytest.raises(MMTSError) as caught:
         read_samples(Source(str(path)))
-    assert f"is a row of a table, such as {text.splitlines()[int('image' in text[:5])]!r}" in str(caught.value)
+    assert f"is a row of a table, such as {text.splitlines()[int('picture' in text[:7])]!r}" in str(caught.value)
     assert f"--format csv {flags};" in str(caught.value)
     given = dict(zip(*[iter(shlex.split(flags.replace("--no-header ", "")))] * 2))
     as_said = Source(str(path), "csv", given["--column"], given["--separator"], "--no-header" not in flags)
@@ -263,34 +260,31 @@ def test_a_field_named_twice_is_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize(
-    ("document", "where"),
+    ("document", "where", "captions"),
     [
-        ({"v_0": {"duration": 1, "sentences": ["a", "b"]}, "v_1": {"sentences": ["c"], "x": 1}}, ".[].sentences[]"),
-        ({"info": {"description": "x"}, "images": [{"id": 0}], "annotations": [{"caption": "a"}]},
-         ".annotations[].caption"),
-        ({"images": [{"split": "train", "sentences": [{"tokens": ["a"], "raw": "a"}]}], "dataset": "x"},
-         '.images[] | select(.split == "train") | .sentences[].raw'),
-        ({"database": {"v": {"annotations": [{"sentence": "a"}]}, "w": {"annotations": [{"sentence": "b"}]}}},
-         ".database[].annotations[].sentence"),
-        ({"sentences": [{"caption": "a", "video_id": "v"}], "videos": []}, ".sentences[].caption"),
-        ({"0": ["a", "b"], "1": ["c"]}, ".[][]"),
-        ({str(number): "a" for number in range(30)}, ".[]"),
+        ({"v_0": {"length": 1, "sentences": ["a", "b"]}, "v_1": {"sentences": ["c"], "length": 1}}, "'{}.sentences[]'",
+         ["a", "b", "c"]),
+        ({"meta": {"x": 1}, "items": [{"id": 0, "caption": "a"}, {"id": 1, "caption": "b"}]}, "'items[].caption'",
+         ["a", "b"]),
+        ({"data": {"v": {"clips": [{"sentence": "a"}]}, "w": {"clips": [{"sentence": "b"}]}}},
+         "'data{}.clips[].sentence'", ["a", "b"]),
     ],
 )  # fmt: skip
 def test_one_object_around_all_captions_is_described(
-    tmp_path: Path, document: object, where: str, indent: Optional[int]
+    tmp_path: Path, document: object, where: str, captions: list[str], indent: Optional[int]
 ) -> None:
     path = write(tmp_path / "a.json", json.dumps(document, indent=indent))
     with pytest.raises(MMTSError) as caught:
         read_samples(Source(str(path)))
     assert f"is one JSON object of {', '.join(map(repr, list(document)[:10]))}" in str(caught.value)  # type: ignore[call-overload]
-    assert f"jq -c '{where} | {{caption: .}}' {path} > captions.jsonl" in str(caught.value)
+    assert f"may be read with: --column {where}" in str(caught.value)
+    assert read_samples(Source(str(path), column=shlex.split(where)[0])).captions == captions
 
 
 def test_one_record_alone_is_a_record(tmp_path: Path) -> None:
     assert read_samples(Source(str(write(tmp_path / "a.json", '{"caption": ["x", "y"]}')))).captions == ["x", "y"]
-    with pytest.raises(MMTSError, match="no column 'desc' or 'caption'; found: 'title'"):
-        read_samples(Source(str(write(tmp_path / "b.json", '{"title": "x"}\n'))))
+    with pytest.raises(MMTSError, match="no column 'desc' or 'caption' or another usual name; found: 'name', 'n'"):
+        read_samples(Source(str(write(tmp_path / "b.json", '{"name": "x", "n": 1}\n'))))
     named = tmp_path / "c.parquet"
     pd.DataFrame({"": ["x"]}).to_parquet(named)
     assert both_engines(Source(str(named), column="")) == ["x"]
@@ -393,9 +387,9 @@ def test_parquet_folders_and_patterns(tmp_path: Path) -> None:
         kind = "auto" if data != "hub/*/train*" else "parquet"
         assert both_engines(Source(str(tmp_path / data), kind)) == expected
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "empty" / "a.arrow", "")
+    write(tmp_path / "empty" / "a.bin", "")
     for data, message in (
-        ("empty", r"without \*.parquet files \(it holds 'a.arrow'\)"),
+        ("empty", r"without \*.parquet files \(it holds 'a.bin'\)"),
         ("no/*.parquet", "no such file"),
     ):
         with pytest.raises(MMTSError, match=message):
@@ -427,13 +421,13 @@ def test_downloads_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
         assert read_samples(Source(str(path)), ["url"]).labels == ["v", "x"]
         (note,) = read_samples(Source(str(path))).notes
         assert "3 rows whose status is not 'success' are left out" in note
-        assert failed_downloads(Source(str(path))) == note
+        assert left_out(Source(str(path))) == note
     rows[rows.status != "success"].to_parquet(path)
     with pytest.raises(MMTSError, match=r"holds no samples .*; 3 rows whose status"):
         read_samples(Source(str(path)))
     rows.drop(columns="url").to_parquet(path)  # a status of something else
     assert both_engines(Source(str(path))) == list("abcde")
-    assert failed_downloads(Source(str(path))) is None
+    assert left_out(Source(str(path))) is None
 
 
 def test_units_of_parquet_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,8 +470,9 @@ def test_webdataset_keeps_the_samples_that_openclip_keeps(tmp_path: Path) -> Non
         make_tar(tmp_path / f"{shard}.tar", WEBDATASET)
     samples = read_samples(Source(f"{tmp_path}/{{0..1}}.tar::{tmp_path}/0.tar"))
     assert samples.captions == ["é caption", "upper case", "first"] * 3
-    assert "12 samples without" in samples.notes[0]
-    assert "3 captions are not UTF-8" in samples.notes[1]
+    assert samples.left_out == {"samples without a .txt or an image": 12, "captions that are not UTF-8": 3}
+    assert "8 samples without" in samples.notes[0]
+    assert "2 captions are not UTF-8" in samples.notes[1]
 
 
 def test_webdataset_agrees_with_openclip_itself(tmp_path: Path) -> None:
@@ -491,7 +486,7 @@ def test_webdataset_agrees_with_openclip_itself(tmp_path: Path) -> None:
     ours = read_samples(Source(str(path)))
     # OpenCLIP decodes after this filter, and leaves out what is not UTF-8 with a warning.
     assert [caption.encode() for caption in ours.captions] == [text for text in theirs if text != b"\xff\xfe"]
-    assert ours.notes[1].endswith("1 captions are not UTF-8 and are left out, as OpenCLIP does")
+    assert ours.notes[1].endswith("1 captions are not UTF-8 and are left out, as in training")
 
 
 def test_webdataset_keeps_every_kind_of_image_that_openclip_keeps(tmp_path: Path) -> None:

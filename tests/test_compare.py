@@ -24,6 +24,7 @@ from typing import Any, Optional
 import pytest
 import yaml
 from conftest import REPOSITORY, openclip_flags, run_python
+from scipy.stats import ttest_rel
 
 from mmts_plugins.cli import _parser, main
 from mmts_plugins.compare import execute, tables
@@ -42,6 +43,8 @@ for flag in ("--seed", "--out", "--loss", "--mmts-clusters", "--resume"):
     parser.add_argument(flag)
 parser.add_argument("--mmts-no-shifts", action="store_true")
 parser.add_argument("--mmts-no-schedule", action="store_true")
+parser.add_argument("--mmts-mean-matched", action="store_true")
+parser.add_argument("--mmts-shuffle-shifts")
 args = parser.parse_args()
 out = pathlib.Path(args.out)
 out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,7 @@ JUDGE = """
 import json, pathlib, sys
 score = int(pathlib.Path(sys.argv[1]).read_text()) / 100
 low = {"value": score / 2}
-json.dump({"metrics": {"image_to_text_R@1": {"value": score, "head": {"value": score}, "mid": low, "tail": low},
+json.dump({"metrics": {"image_to_text_R@1": {"value": score, "head": {"value": score}, "middle": low, "tail": low},
                        "image_to_text_mean_rank": {"value": 100 * score}}}, open(sys.argv[2], "w"))
 """
 VARIANTS = ["plain", "TS", "ICS", "TS&ICS"]
@@ -77,6 +80,7 @@ def folder(tmp_path: Path) -> Path:
     content = {
         "command": "{python} host.py --seed {seed} --out '{output}/runs/{run}'",
         "clusters": "with blank/clusters.parquet",
+        "controls": False,
         "seeds": [0, 1, 4],
         "done": "{output}/runs/{run}/done.pt",
         "resume": "--resume latest",
@@ -119,14 +123,15 @@ def test_four_variants_over_three_seeds(folder: Path, capsys: pytest.CaptureFixt
     assert entry["sd"] == pytest.approx(statistics.stdev(scores))
     assert entry["values"] == {"0": 0.1, "1": 0.11, "4": 0.14}
     # Seed by seed the gain is always ten points, so its deviation is none, whatever the seeds' own.
-    assert entry["difference"]["mean"] == pytest.approx(0.1)
-    assert entry["difference"]["sd"] == pytest.approx(0)
-    assert found["TS&ICS"]["image_to_text_R@1"]["tail"]["difference"]["mean"] == pytest.approx(0.05)
+    assert list(entry["differences"]) == ["plain"]
+    assert entry["differences"]["plain"]["mean"] == pytest.approx(0.1)
+    assert entry["differences"]["plain"]["se"] == pytest.approx(0)
+    assert found["TS&ICS"]["image_to_text_R@1"]["tail"]["differences"]["plain"]["mean"] == pytest.approx(0.05)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert lines[0] == ["", "seeds", "image_to_text_R@1"]  # ranks are left out unless asked for
     assert ["plain", "3", "1.7 ± 2.1"] in lines
     assert ["TS&ICS", "3", "11.7 ± 2.1"] in lines
-    assert ["TS&ICS − plain", "3", "+10.0 ± 0.0"] in lines
+    assert ["TS&ICS − plain", "3", "+10.0 [+10.0, +10.0]"] in lines
     with open(folder / "with blank" / "out" / "compare.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 * 5
@@ -643,7 +648,7 @@ REFUSED = {
     "seed unused": ({"command": "x"}, "command: has no {seed}"),
     "done shared": ({"done": "x.pt"}, "done: has no {run}"),
     "done is a result": ({"done": "{run}/{result}"}, "done: {result} cannot stand in a file's name"),
-    "no variants": ({"clusters": None}, "give clusters: FILE for the paper's four variants"),
+    "no variants": ({"clusters": None}, "give clusters: FILE for the usual variants"),
     "both": ({"variants": {"a": ""}}, "variants: says all flags itself"),
     "both, of flags": ({**OWN, "variants": {"a": ""}, "mmts": "--mmts-alpha 1"}, "variants: says all flags itself"),
     "empty variants": ({**OWN, "variants": {}}, "variants: is empty"),
@@ -751,12 +756,57 @@ def test_the_table_of_odd_evaluations(tmp_path: Path) -> None:
     (tmp_path / "evals").mkdir()
     for name, metrics in measured.items():
         (tmp_path / "evals" / f"{name}.json").write_text(json.dumps({"metrics": metrics}))
-    found = tables.summary(tables.collect(plan, measured), "a")
+    found = tables.summary(tables.collect(plan, measured), plan.contrasts)
     assert list(found["a"]) == list(found["b"]) == ["x|y", "mean_rank"]
-    assert found["b"]["mean_rank"]["all"]["difference"] == {"mean": -0.5, "sd": None, "values": {"0": -0.5}}
+    unknown = dict.fromkeys(("se", "low", "high", "p"))
+    assert found["b"]["mean_rank"]["all"]["differences"] == {
+        "a": {"mean": -0.5, **unknown, "seeds": 1, "values": {"0": -0.5}}}  # fmt: skip
     lines = [line.replace(" ", "") for line in tables.markdown(plan, found).splitlines()]
     assert lines[0] == "||seeds|x\\|y|mean_rank|"
     assert lines[2:] == ["|a|2|37.5±17.7|4.0±1.4|", "|b|2|62.5±17.7|3.5±1.4|", "|b−a|1|+0.0|-0.5|"]
+
+
+def test_the_usual_variants_have_two_controls(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load((folder / "plan.yaml").read_text())
+    del content["controls"]
+    (folder / "plan.yaml").write_text(yaml.safe_dump({**content, "mmts": "--mmts-preset clip-cc3m"}))
+    plan = plans.make(plans.read(str(folder / "plan.yaml")), str(folder / "out"))
+    assert plan.variants == ["plain", "constant", "TS", "ICS", "shuffled", "TS&ICS"]
+    ours = ["--loss", "mmts", "--mmts-preset", "clip-cc3m", "--mmts-clusters", "with blank/clusters.parquet"]
+    flags = {(run.variant, run.seed): run.command[6:] for run in plan.runs}
+    assert flags["constant", 1] == [*ours, "--mmts-no-schedule", "--mmts-no-shifts", "--mmts-mean-matched"]
+    assert flags["shuffled", 1] == [*ours, "--mmts-shuffle-shifts", "1"]
+    assert flags["shuffled", 4] == [*ours, "--mmts-shuffle-shifts", "4"]
+    assert plan.contrasts == [*((name, "plain") for name in plan.variants[1:]), ("TS&ICS", "constant"),
+                              ("TS&ICS", "shuffled")]  # fmt: skip
+
+
+def test_differences_over_seeds_are_judged(tmp_path: Path) -> None:
+    """A gain beyond its interval, and one that is not; against SciPy's own test."""
+    content = {"command": "x {seed}", "eval": "e", "variants": {"a": "", "b": "", "c": ""}, "seeds": [0, 1, 2, 3],
+               "done": "{run}", "contrasts": {"b": ["a"], "c": ["a", "b"], "a": ["b"]}}  # fmt: skip
+    plan = plans.make(content, str(tmp_path))
+    scores = {"a": [0.10, 0.14, 0.12, 0.20], "b": [0.13, 0.16, 0.15, 0.22], "c": [0.11, 0.12, 0.15, 0.19]}
+    (tmp_path / "evals").mkdir()
+    for variant, values in scores.items():
+        for seed, value in enumerate(values):
+            (tmp_path / "evals" / f"{variant}-seed{seed}.json").write_text(json.dumps({"metrics": {"R@1": value}}))
+    found = tables.summary(tables.collect(plan, {run.name for run in plan.runs}), plan.contrasts)
+    for one, other in plan.contrasts:
+        entry = found[one]["R@1"]["all"]["differences"][other]
+        expected = ttest_rel(scores[one], scores[other])
+        interval = expected.confidence_interval(0.95)
+        assert (entry["p"], entry["low"], entry["high"]) == pytest.approx(
+            (expected.pvalue, interval.low, interval.high)
+        )
+    lines = tables.markdown(plan, found).splitlines()
+    assert any("b − a" in line and "+2.5 [+1.6, +3.4] " in line and "none seen" not in line for line in lines)
+    assert any("c − a" in line and "none seen" in line for line in lines)
+    assert any("a − b" in line and "-2.5 [-3.4, -1.6] " in line and "none seen" not in line for line in lines)
+    assert "one leaves zero out by chance" in lines[-1]
+    for wrong in ({"c": ["d"]}, {"c": ["c"]}, {"c": "a"}):
+        with pytest.raises(ConfigError, match=r"contrasts: '?c"):
+            plans.make({**content, "contrasts": wrong}, str(tmp_path))
 
 
 def test_a_command_that_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -768,6 +818,10 @@ def test_a_command_that_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert lines == ["none none\n", "said\n"]
     with pytest.raises(MMTSError) as caught:
         run_logged(["sh", "-c", "seq 30; kill -9 $$", "x" * 300], tmp_path)
+    chatter = "I1125 18:41:29.321000 5582 .venv/lib/python3.11/site-packages/torch/_dynamo/utils.py:925] Function"
+    with pytest.raises(MMTSError, match=r"ValueError: the cause$"):
+        run_logged(["sh", "-c", f"echo 'ValueError: the cause'; for i in $(seq 40); do echo '{chatter}'; done; exit 1"],
+                   tmp_path)  # fmt: skip
     said = caught.value.args[0]
     assert said.startswith("exit code 137 (SIGKILL) from: sh -c 'seq 30; kill -9 $$' xxxx")
     command, tail = said.split(" ...: ")
@@ -829,7 +883,7 @@ def test_openclip_end_to_end(tmp_path: Path, data: Any, small_model: str) -> Non
     assert (tmp_path / "out" / "runs" / "TS-ICS-seed0" / "mmts.yaml").exists()
     assert not (tmp_path / "out" / "runs" / "plain-seed0" / "mmts.yaml").exists()
     recall = [found["metrics"][name]["text_to_image_R@10"] for name in ("plain", "TS&ICS")]
-    assert all(0 <= groups[group]["mean"] <= 1 for groups in recall for group in ("all", "head", "mid", "tail"))
+    assert all(0 <= groups[group]["mean"] <= 1 for groups in recall for group in ("all", "head", "middle", "tail"))
     assert found["runs"]["plain-seed0"]["status"] == "finished"
 
 
@@ -840,7 +894,7 @@ def test_the_examples_are_commands_that_openclip_and_we_take(path: Path, tmp_pat
     """Their flags are parsed by the real parsers; nothing is run."""
     params = pytest.importorskip("open_clip_train.params")
     plan = plans.make(plans.read(str(path)), str(tmp_path))
-    assert len(plan.runs) == 12
+    assert len(plan.runs) == 18
     plain = plan.runs[0]
     host = params.parse_args(plain.resumed[plain.resumed.index("open_clip_train.main") + 1 :])
     assert (host.name, host.resume) == (plain.name, "latest")
@@ -851,4 +905,4 @@ def test_the_examples_are_commands_that_openclip_and_we_take(path: Path, tmp_pat
     for named in (judged.classes, judged.templates):
         assert named is None or (path.parent / Path(named).name).is_file()
     shifted = {run.variant: run.command[len(plain.command) :] for run in plan.runs if run.seed == 0}
-    assert ["--mmts-clusters" in flags for flags in shifted.values()] == [False, False, True, True]
+    assert ["--mmts-clusters" in flags for flags in shifted.values()] == [False, True, False, True, True, True]

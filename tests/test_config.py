@@ -10,8 +10,8 @@ from resolving import resolve
 from mmts_plugins.config import Config
 from mmts_plugins.errors import ConfigError
 from mmts_plugins.options import split_flags
-from mmts_plugins.plan import Plan
 from mmts_plugins.presets import presets
+from mmts_plugins.preview import Preview
 from mmts_plugins.record import check_resume, load_file, read_record, record, write_record
 
 
@@ -127,6 +127,9 @@ mmts_plugins: 0.1.0
 """
 
 
+SPHERE = ("product_sphere", "class_tokens", "distance", "logit_scale", "fixed_logit_scale", "max_logit_scale")
+
+
 def test_a_record_of_the_first_release_is_read_and_resumed(tmp_path):
     path = tmp_path / "mmts.yaml"
     path.write_text(RECORD)
@@ -135,7 +138,15 @@ def test_a_record_of_the_first_release_is_read_and_resumed(tmp_path):
     values = record(config, 100, "123e4567", "OpenCLIP", "3.3.0")
     check_resume(path, values, allow_change=False)
     write_record(path, {**values, "mmts_plugins": "0.1.0"})
-    assert path.read_text() == RECORD
+    of_now = RECORD.replace("period: 20.0\n", "period: 20.0\nstart_phase: 0.0\n").replace(
+        "no_shifts: false\n", "no_shifts: false\nmean_matched: false\nshuffle_shifts: null\n").replace(
+        "distribution: null\n", "".join(f"{name}: null\n" for name in SPHERE) + "distribution: null\n").replace(
+        "itm_temperature: null\n", "itm_temperature: null\ncolumn: null\ntokenizer: null\ngather: null\n")  # fmt: skip
+    assert path.read_text() == of_now
+    for name, was, value in (("start_phase", 0.0, 0.5), ("mean_matched", False, True), ("shuffle_shifts", None, 1)):
+        path.write_text(RECORD)
+        with pytest.raises(ConfigError, match=f"the resumed run differs: {name} was {was} and is {value}"):
+            check_resume(path, {**values, name: value}, allow_change=False)
     odd = {**values, "clusters": "caf\udce9/\u00fc.parquet", "table_hash": "1234567", "host_version": "2001-01-01"}
     write_record(path, odd)
     assert {name: read_record(path)[name] for name in odd} == odd
@@ -205,11 +216,12 @@ def test_the_presets():
         "avion-clip": (0.08, 0.05, 0.20),
         "vast-max-margin": (0.20, 0.10, 0.30),
         "vast-clip": (0.06, 0.06, 0.09),
+        "unimodal-ts": (0.90, 0.55, 0.55),  # of Kukleva et al. (2023): from 1.0 to 0.1
     }
 
 
 def test_the_extremes_of_a_plan():
-    plan = Plan.of_preset("clip-cc3m", 100, num_oscillations=2.0)
-    assert plan.extremes == {"start": 0, "trough": 25, "peak": 50, "end": 99}
+    preview = Preview.of_preset("clip-cc3m", 100, num_oscillations=2.0)
+    assert preview.extremes == {"start": 0, "trough": 25, "peak": 50, "end": 99}
     with pytest.raises(ConfigError, match="unknown preset 'clip'; choose from clip-cc3m"):
-        Plan.of_preset("clip", 100)
+        Preview.of_preset("clip", 100)

@@ -7,10 +7,13 @@ with them where a checkout is at hand); tiny_trainer is ``examples/third_party/t
 from __future__ import annotations
 
 import ast
+import io
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -26,23 +29,24 @@ from conftest import REPOSITORY, Data, openclip_flags, write_model
 from forked import one_rank, run_forked
 from ranks import on_ranks
 
-from mmts_plugins import large
-from mmts_plugins.clusters import CAPTION, ClusterTable
+from mmts_plugins.cli import main
 from mmts_plugins.config import Config, of_options
 from mmts_plugins.errors import ConfigError, SeamError, TableError
 from mmts_plugins.hosts import Adapter, Facts, Session
 from mmts_plugins.hosts.registry import adapters, hosts
-from mmts_plugins.lookup import KeyLookup
 from mmts_plugins.options import COMMON, split_flags
-from mmts_plugins.plan import adapter_of
+from mmts_plugins.preview import adapter_of
 from mmts_plugins.record import check_resume, record, write_record
+from mmts_plugins.tables import CAPTION, ClusterTable, LargeTable, streamed
+from mmts_plugins.tables.index import KeyLookup
 
+Done = subprocess.CompletedProcess[str]
 LAUNCHER = ("-m", "mmts_plugins", "run")
 
 
 @dataclass(frozen=True)
 class Rig:
-    """A host ready to train: what is given to its launcher, and where its run goes."""
+    """A host ready to train: what is given to its launcher, where its run goes, and with which flags a run goes on."""
 
     name: str
     command: tuple[object, ...]
@@ -51,25 +55,53 @@ class Rig:
     total: int
     preview: tuple[object, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
+    again: Optional[tuple[object, ...]] = None
+    written: str = "mmts.yaml"
 
-    def run(self, *flags: object, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-        variables = {"PYTHONPATH": str(REPOSITORY), **(one_rank() if not ranks else {}), **dict(self.variables)}
-        return run_forked(*LAUNCHER, *self.command, *flags, ranks=ranks, **variables)
+    def run(self, *flags: object, launcher: tuple[str, ...] = LAUNCHER, **more: str) -> Done:
+        variables = {"PYTHONPATH": str(REPOSITORY), **one_rank(), **dict(self.variables), **more}
+        return run_forked(*launcher, *self.command, *flags, **variables)
 
-    def show(self, *flags: object) -> subprocess.CompletedProcess[str]:
+    def results(self) -> dict[str, str]:
+        """What a run has left, to the bit: tensors by file and name, and files that hold no times. Moved away."""
+        found: dict[str, str] = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = str(path.relative_to(self.folder))
+            if path.suffix in (".pt", ".pth"):
+                _tensors(name, torch.load(path, weights_only=False), found)
+            elif path.suffix in (".json", ".jsonl", ".txt"):
+                found[name] = path.read_text().replace(str(self.folder), "")
+        self.folder.rename(self.folder.with_name(f"before-{time.monotonic_ns()}"))
+        return found
+
+    def show(self, *flags: object) -> Done:
         given = ("schedule", "--host", self.name, "--total-steps", self.total, *self.preview, *flags)
-        return run_forked("-m", "mmts_plugins", *given, **{"PYTHONPATH": str(REPOSITORY), **dict(self.variables)})
+        if self.name == "tiny":  # known to another path only
+            return run_forked("-m", "mmts_plugins", *given, **{"PYTHONPATH": str(REPOSITORY), **dict(self.variables)})
+        said = io.StringIO()
+        with redirect_stdout(said), redirect_stderr(said):
+            code = main([str(word) for word in given])
+        return subprocess.CompletedProcess(given, code, said.getvalue())
 
     @property
     def record(self) -> dict:
-        return yaml.safe_load((self.folder / "mmts.yaml").read_text())
+        return yaml.safe_load((self.folder / self.written).read_text())
+
+
+def _tensors(name: str, value: object, found: dict[str, str]) -> None:
+    if isinstance(value, torch.Tensor):
+        found[name] = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes().hex()
+    elif isinstance(value, (dict, list, tuple)):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            _tensors(f"{name}/{key}", each, found)
 
 
 def _openclip(folder: Path) -> Rig:
     data = Data(folder)
     model = write_model(folder / "model")
     given = openclip_flags(model, folder / "logs", train_data=data.csv, dataset_type="csv", epochs=1)
-    return Rig("openclip", ("-m", "open_clip_train.main", *given), folder / "logs" / "run", data.table, 6)
+    return Rig("openclip", ("-m", "open_clip_train.main", *given), folder / "logs" / "run", data.table, 6,
+                again=("--resume", "latest"))  # fmt: skip
 
 
 def _avion(folder: Path) -> Rig:
@@ -87,6 +119,7 @@ def _avion(folder: Path) -> Rig:
         12,
         ("--train-metadata", metadata),
         (("PYTHONPATH", path),),
+        again=(),  # where its folder holds a checkpoint
     )
 
 
@@ -94,7 +127,7 @@ def _vast(folder: Path) -> Rig:
     data = test_vast.Set(folder)
     script = test_vast.STAND_IN / "run.py"
     given = (script, "--local_rank", 0, "--train_txt", data.txt, "--output_dir", folder / "out")
-    return Rig("vast", given, folder / "out" / "log", data.table, test_vast.TOTAL)
+    return Rig("vast", given, folder / "out", data.table, test_vast.TOTAL, again=("--resume",), written="log/mmts.yaml")
 
 
 def _tiny(folder: Path, installed: Path) -> Rig:
@@ -106,12 +139,50 @@ def _tiny(folder: Path, installed: Path) -> Rig:
     return Rig("tiny", given, folder / "out", folder / "clusters.parquet", 6, (), (("PYTHONPATH", path),))
 
 
+def _transformers(folder: Path) -> Rig:
+    import hf_train
+
+    keys = [f"a photo of the {noun} [EOS]" for noun in hf_train.NOUNS]
+    counts = [6, 6, 6, 6, 6, 18]
+    ClusterTable.build(keys, range(6), counts, counts).save(folder / "clusters.parquet")
+    given = ("--tokenizer", hf_train.tokenizer_of(folder / "tokenizer"), "--output_dir", folder / "out", "--use_cpu",
+             "true", "--num_train_epochs", 1, "--report_to", "none", "--save_strategy", "epoch")  # fmt: skip
+    return Rig(
+        "transformers", (REPOSITORY / "tests/hf_train.py", *given), folder / "out", folder / "clusters.parquet", 6
+    )
+
+
+def _sentence_transformers(folder: Path) -> Rig:
+    import st_train
+
+    keys, counts = [f"a photo of the {noun}" for noun in st_train.NOUNS], [6, 6, 6, 6, 6, 18]
+    ClusterTable.build(keys, range(6), counts, counts).save(folder / "clusters.parquet")
+    script = (REPOSITORY / "tests/st_train.py", "--output", folder / "out", "--epochs", 1)
+    return Rig("sentence-transformers", script, folder / "out", folder / "clusters.parquet", 6)
+
+
 installed = test_third_party.installed
 RIGS = ("openclip", "avion", "vast", "tiny")
+LIBRARIES = {"transformers": _transformers, "sentence-transformers": _sentence_transformers}
+"""Hosts that scripts of the users' own import, some seconds a run: what their own modules test is left out here."""
+
+
+@pytest.fixture(params=[*RIGS, *LIBRARIES])
+def any_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    if request.param in LIBRARIES:
+        for name in ("transformers", "sentence_transformers", "datasets", "accelerate"):
+            pytest.importorskip(name, reason="needs the extras transformers and sentence-transformers")
+        yield LIBRARIES[request.param](tmp_path)
+    else:
+        yield from _rig(request, tmp_path)
 
 
 @pytest.fixture(params=RIGS)
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    yield from _rig(request, tmp_path)
+
+
+def _rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     if request.param == "openclip":
         pytest.importorskip("open_clip_train", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
         yield _openclip(tmp_path)
@@ -124,6 +195,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
 GOOD = {
     "ablations": ("--mmts-no-schedule", "--mmts-missing", "mean"),
     "no shifts, but a table": ("--mmts-no-shifts", "--mmts-num-oscillations", "2"),
+    "controls": ("--mmts-no-shifts", "--mmts-mean-matched", "--mmts-start-phase", "0.5"),
     "the other loss": ("--loss", "mmts-max-margin", "--mmts-alpha", "0.2", "--mmts-diagnostics-every", "0"),
 }
 BAD = {
@@ -133,18 +205,23 @@ BAD = {
     "preset": ("--mmts-preset", "clip"),
     "both": ("--mmts-period", "3", "--mmts-num-oscillations", "2"),
     "no table": ("--mmts-clusters", "gone.parquet"),
+    "nothing to shuffle": ("--mmts-no-shifts", "--mmts-shuffle-shifts", "1"),
     "margins draw nothing": ("--loss", "mmts-max-margin", "--mmts-itm-temperature", "mmts"),
     "another host's": ("--mmts-distribution", "noun", "--mmts-key", "id"),
 }
 
 
 @pytest.mark.parametrize("flags", GOOD.values(), ids=GOOD)
-def test_the_preview_is_the_run(rig: Rig, flags: tuple[str, ...]) -> None:
+def test_the_preview_is_the_run(any_rig: Rig, flags: tuple[str, ...]) -> None:
+    rig = any_rig
     loss = () if "--loss" in flags else ("--loss", "mmts")
     given = (*loss, "--mmts-clusters", rig.table, *flags)
-    done = rig.run(*given)
+    done, shown = rig.run(*given), rig.show(*given)
+    if rig.name in LIBRARIES and "mmts-max-margin" in flags:
+        assert done.returncode != 0
+        assert last_error(done) == last_error(shown)
+        return
     assert done.returncode == 0, done.stdout[-2000:]
-    shown = rig.show(*given)
     assert shown.returncode == 0, shown.stdout
     lines = dict(line.split(None, 1) for line in shown.stdout.splitlines() if len(line.split(None, 1)) == 2)
     record = rig.record
@@ -154,7 +231,8 @@ def test_the_preview_is_the_run(rig: Rig, flags: tuple[str, ...]) -> None:
         assert lines.get(name) == record.get(name), name
     for name in ("alpha", "shift_min", "shift_max"):
         assert float(lines[name]) == record[name]
-    for name in ("no_schedule", "no_shifts"):
+    assert float(lines.get("start_phase", 0)) == record["start_phase"]
+    for name in ("no_schedule", "no_shifts", "mean_matched"):
         assert (lines.get(name) == "yes") == record[name]
     assert done.stdout.count("MM-TS: ") >= 2, "no banner"
     assert re.search(rf"MM-TS: {record['loss']}: ", done.stdout)
@@ -169,28 +247,56 @@ def test_the_preview_refuses_what_the_run_refuses(rig: Rig, flags: tuple[str, ..
     assert done.returncode != 0, done.stdout[-1000:]
     assert shown.returncode == 2, shown.stdout
     assert last_error(done) == last_error(shown)
-    assert not (rig.folder / "mmts.yaml").exists()
+    assert not (rig.folder / rig.written).exists()
 
 
-def last_error(done: subprocess.CompletedProcess[str]) -> str:
+def test_shuffled_shifts(any_rig: Rig, tmp_path: Path) -> None:
+    rig = any_rig
+    table = ClusterTable.load(rig.table)
+    alike = ClusterTable.build(table.keys, table.cluster, np.arange(1.0, len(table) + 1), None, table.kind)
+    alike.save(tmp_path / "alike.parquet")
+    said = []
+    for seed in ("1", "2"):
+        done = rig.run("--loss", "mmts", "--mmts-clusters", tmp_path / "alike.parquet", "--mmts-shuffle-shifts", seed)
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert f", shuffled (seed {seed}); mean" in done.stdout
+        assert rig.record["shuffle_shifts"] == int(seed)
+        assert rig.record["table_hash"] == alike.content_hash
+        said.append(rig.results())
+    assert said[0] != said[1]
+
+
+def last_error(done: Done) -> str:
     line = done.stdout.splitlines()[-1]
     assert line.startswith("mmts: error: "), done.stdout[-2000:]
     return line
 
 
 def test_a_run_that_goes_on_compares(rig: Rig) -> None:
-    """Of the hosts that resume by themselves where their folder says so; the others have tests of their own."""
-    if rig.name != "avion":
-        pytest.skip("resumes on request only: see its own tests")
+    if rig.again is None:
+        pytest.skip(f"{rig.name} does not resume")
     given = ("--loss", "mmts", "--mmts-clusters", rig.table)
-    assert rig.run(*given).returncode == 0
-    again = rig.run(*given, "--mmts-alpha", "0.1")
-    assert again.returncode != 0
-    assert "alpha was 0.2 and is 0.1" in last_error(again)
+    assert rig.run(*given, "--mmts-alpha", "0.03").returncode == 0
+    again = rig.run(*given, *rig.again, "--mmts-alpha", "0.02")
+    assert again.returncode != 0, again.stdout[-2000:]
+    assert "alpha was 0.03 and is 0.02" in last_error(again)
+
+
+def test_without_our_flags_the_host_is_its_own(rig: Rig) -> None:
+    assert rig.run(launcher=(), MMTS="0").returncode == 0
+    plain = rig.results()
+    assert len(plain) > 0
+    assert rig.run().returncode == 0
+    armed = rig.results()
+    assert armed == plain
+    assert rig.run("--loss", "mmts", "--mmts-no-shifts").returncode == 0
+    ours = rig.results()
+    assert {name: ours.get(name) for name in plain} != plain, "nothing that our loss changes was compared"
 
 
 @pytest.mark.parametrize(("missing", "expected"), [("tail", 0), ("mean", None), ("error", "stops")])
-def test_samples_that_the_table_lacks(rig: Rig, missing: str, expected: object, tmp_path: Path) -> None:
+def test_samples_that_the_table_lacks(any_rig: Rig, missing: str, expected: object, tmp_path: Path) -> None:
+    rig = any_rig
     table = ClusterTable.load(rig.table)
     keep = np.arange(len(table)) != int(np.argmin(table.count))
     few = ClusterTable.build(
@@ -295,11 +401,11 @@ def test_large_tables_are_not_loaded_and_give_the_same_shifts(
     flags, _ = split_flags(["--loss", "mmts", "--mmts-clusters", str(tmp_path / "t")])
     held = adapter_of(name).resolve(flags).table
     assert isinstance(held, ClusterTable)
-    monkeypatch.setattr(large, "LARGE_FROM", 100)
-    streamed = adapter_of(name).resolve(flags).table
-    assert isinstance(streamed, large.LargeTable)
-    assert streamed.content_hash == held.content_hash
-    found, mapped = KeyLookup(held), KeyLookup(streamed)
+    monkeypatch.setattr(streamed, "LARGE_FROM", 100)
+    seen = adapter_of(name).resolve(flags).table
+    assert isinstance(seen, LargeTable)
+    assert seen.content_hash == held.content_hash
+    found, mapped = KeyLookup(held), KeyLookup(seen)
     wanted = [*keys[::17], "another", ""]
     np.testing.assert_array_equal(
         np.append(found.frequencies, np.nan)[found(wanted)], np.append(mapped.frequencies, np.nan)[mapped(wanted)]
@@ -339,17 +445,21 @@ def test_every_adapter_is_filled_in() -> None:
         for option in adapter.options:
             assert option.name not in common
         for loss in ("mmts-infonce", "mmts-max-margin"):
-            if adapter.name != "gram" or loss == "mmts-infonce":
+            if (
+                adapter.name not in ("gram", "lightning", "transformers", "sentence-transformers")
+                or loss == "mmts-infonce"
+            ):
                 config = adapter.resolve({"loss": loss, "mmts_no_shifts": True}).config
                 assert config.preset is not None
-    assert {"openclip", "avion", "avion-pretraining", "vast", "gram"} <= set(seen)
+    assert {*("openclip", "avion", "avion-pretraining", "vast", "gram", "lightning", "transformers"),
+            "sentence-transformers"} == set(seen)  # fmt: skip
 
 
 def test_a_table_of_classes_is_refused_where_samples_have_captions(tmp_path: Path) -> None:
     ClusterTable.build(["1", "2"], [0, 1], [3, 4], kind="class").save(tmp_path / "classes.parquet")
     assert ClusterTable.load(tmp_path / "classes.parquet").kind != CAPTION
     flags, _ = split_flags(["--loss", "mmts", "--mmts-clusters", str(tmp_path / "classes.parquet")])
-    for name in ("openclip", "vast", "gram", "avion-pretraining"):
+    for name in ("openclip", "vast", "gram", "avion-pretraining", "transformers", "sentence-transformers"):
         with pytest.raises(TableError, match="a table of class"):
             adapter_of(name).resolve(flags)
 

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from resolving import resolve
 
-from mmts_plugins.clusters import ClusterTable, cluster_shift
 from mmts_plugins.config import Config
 from mmts_plugins.errors import ConfigError, TableError
-from mmts_plugins.lookup import TokenLookup, hash_tokens
 from mmts_plugins.options import split_flags
 from mmts_plugins.presets import presets
 from mmts_plugins.record import check_resume, record, write_record
-from mmts_plugins.runtime import Runtime
 from mmts_plugins.schedule import CosineSchedule
+from mmts_plugins.tables import ClusterTable, cluster_shift
+from mmts_plugins.tables.index import TokenLookup, hash_tokens
+from mmts_plugins.temperature import Temperatures
 
 # -- schedule and shift ------------------------------------------------------------------------------------------------
 
@@ -254,15 +254,15 @@ def test_resume_names_the_field(tmp_path, caplog):
         check_resume(tmp_path / "none.yaml", values, allow_change=False)
 
 
-def test_runtime_is_eq_8():
+def test_temperatures_are_eq_8():
     concepts = ClusterTable.build(["a", "b", "c"], [0, 1, 2], [10, 4, 1], [10, 4, 1])
     config = resolved("--mmts-clusters", "t", "--mmts-period", "8")
-    runtime = Runtime(config, concepts, np.array([1.0, 4.0, 10.0]), 40, torch.device("cpu"))
-    runtime.step = 3
-    tau = runtime.shift(torch.tensor([2, 0, 1, 3])) + runtime.base
+    tau = Temperatures(config, concepts, np.array([1.0, 4.0, 10.0]), 40, torch.device("cpu"))
+    tau.step = 3
+    of_samples = tau.shift(torch.tensor([2, 0, 1, 3])) + tau.base
     expected = reference.temperature([10, 1, 4, 1], [1, 4, 10], 0.04, 0.05, 0.10, 3, 8)
-    np.testing.assert_allclose(tau.numpy(), expected, atol=1e-15)
-    assert runtime.mean_temperature == pytest.approx(np.average(expected[[0, 2, 1]], weights=[10, 4, 1]))
+    np.testing.assert_allclose(of_samples.numpy(), expected, atol=1e-15)
+    assert tau.mean_temperature == pytest.approx(np.average(expected[[0, 2, 1]], weights=[10, 4, 1]))
 
 
 # -- lookup ------------------------------------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ def test_a_table_of_classes_is_refused():
 
 
 def test_large_tables_are_indexed_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("mmts_plugins.lookup._CACHE_FROM", 10)
-    monkeypatch.setattr("mmts_plugins.lookup._PARALLEL_FROM", 3000)
+    monkeypatch.setattr("mmts_plugins.tables.index._CACHE_FROM", 10)
+    monkeypatch.setattr("mmts_plugins.tables.index._PARALLEL_FROM", 3000)
     captions = [f"caption number {i}" for i in range(5000)]
     concepts = ClusterTable.build(captions, [0] * 5000, np.arange(5000) + 1.0)
     first = TokenLookup(concepts, word_tokenizer, 0, torch.device("cpu"))

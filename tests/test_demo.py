@@ -16,12 +16,12 @@ from pages import assert_self_contained
 
 from mmts_plugins import processes
 from mmts_plugins.cli import main
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.config import Config
 from mmts_plugins.demo import data, make, report, train
 from mmts_plugins.demo.evaluate import Scores
 from mmts_plugins.errors import MMTSError
 from mmts_plugins.record import record, write_record
+from mmts_plugins.tables import ClusterTable
 
 for package in ("sklearn", "matplotlib", "PIL", "pandas", "tqdm"):
     if importlib.util.find_spec(package) is None:

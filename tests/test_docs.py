@@ -19,8 +19,8 @@ from conftest import REPOSITORY
 
 import mmts_plugins
 from mmts_plugins import cli
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.presets import presets
+from mmts_plugins.tables import ClusterTable
 
 README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
 EXAMPLES = sorted(REPOSITORY.glob("examples/*/README.md"))
@@ -168,7 +168,7 @@ def test_commands_exist(capsys):
             assert name in known, where
             if name == "run":
                 continue  # what follows is the host's
-            command = tuple(words[1 : 3 if name == "plot" else 2])
+            command = tuple(words[1 : 3 if name in ("plot", "analyze") else 2])
             if command not in flags:
                 flags[command] = set(re.findall(r"--[\w-]+", helped(capsys, *command)))
             missing = {word.partition("=")[0] for word in words if word.startswith("--")} - flags[command]

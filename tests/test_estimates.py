@@ -20,12 +20,12 @@ from mmts_plugins.clustering import density, kmeans, stability
 from mmts_plugins.clustering.estimate import Estimate, Recipe, estimate, resolve
 from mmts_plugins.clustering.sampling import priorities, sample
 from mmts_plugins.clustering.stages import Job, Worker, plan_merge, read_part
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.data import cache, encoders, images
 from mmts_plugins.data.rows import Rows
 from mmts_plugins.data.source import Source
 from mmts_plugins.errors import MMTSError
-from mmts_plugins.hashing import hash_strings
+from mmts_plugins.tables import ClusterTable
+from mmts_plugins.tables.hashing import hash_strings
 
 sklearn_cluster = pytest.importorskip("sklearn.cluster")
 

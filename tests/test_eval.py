@@ -21,10 +21,10 @@ import torch
 from conftest import REPOSITORY, run_python
 
 from mmts_plugins.cli import main
-from mmts_plugins.clusters import CLASS, ClusterTable
 from mmts_plugins.errors import ConfigError, MMTSError
 from mmts_plugins.evaluation import evaluate, frequency, relevancy, sets
 from mmts_plugins.evaluation.statistics import Measure, Queries, class_mean, mean, median, summarise
+from mmts_plugins.tables import CLASS, ClusterTable
 
 for package in ("open_clip", "pandas", "sklearn", "tqdm", "PIL"):
     if importlib.util.find_spec(package) is None:  # importing them all takes seconds that most tests do not need
@@ -147,11 +147,11 @@ def test_a_table_adds_thirds(images: Set) -> None:
     assert result["table_hash"] == ClusterTable.load(images.folder / "t.parquet").content_hash
     assert "6 of 24 captions are not in" in result["notes"][0]
     for kind, counts in result["queries"].items():
-        assert sum(counts[third] for third in ("head", "mid", "tail")) == counts["n"], kind
+        assert sum(counts[third] for third in ("head", "middle", "tail")) == counts["n"], kind
     # "a big sea 6" is nearest to "a big sea 2", "... old tree 7" to "... old tree 3": both in the middle.
-    assert result["queries"]["image"] == {"n": 8, "head": 2, "mid": 4, "tail": 2}
+    assert result["queries"]["image"] == {"n": 8, "head": 2, "middle": 4, "tail": 2}
     entry = result["metrics"]["text_to_image_R@5"]
-    parts = [entry[third] for third in ("head", "mid", "tail")]
+    parts = [entry[third] for third in ("head", "middle", "tail")]
     assert entry["value"] == pytest.approx(sum(part["value"] * part["n"] for part in parts) / 24)
 
 
@@ -284,7 +284,7 @@ def test_scaling_changes_no_digit_of_usual_features(tmp_path: Path) -> None:
     points = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
     np.save(tmp_path / "f.npy", points)
     expected = torch.nn.functional.normalize(torch.from_numpy(points), dim=1)
-    assert torch.equal(evaluate._features(str(tmp_path / "f.npy"), "--x"), expected)
+    assert torch.equal(evaluate.read_features(str(tmp_path / "f.npy"), "--x"), expected)
 
 
 def bounds(of: np.ndarray, units: list[int], resamples: int, seed: int) -> tuple[float, float]:
@@ -329,10 +329,10 @@ def test_an_image_is_as_common_as_its_captions_on_average(tmp_path: Path) -> Non
     ClusterTable.build(["common", "usual", "rare"], [0, 1, 2], [30, 20, 10], [10, 10, 10]).save(tmp_path / "t.parquet")
     rows = [("a.png", "common"), ("a.png", "rare"), ("b.png", "rare"), ("c.png", "usual"), ("c.png", "common")]
     result = measured(tmp_path, at(0, 30, 60), at(0, 1, 30, 60, 61), "--table", tmp_path / "t.parquet", rows=rows)
-    assert result["queries"] == {"image": {"n": 3, "head": 0, "mid": 2, "tail": 1},
-                                 "text": {"n": 5, "head": 2, "mid": 1, "tail": 2}}  # fmt: skip
+    assert result["queries"] == {"image": {"n": 3, "head": 0, "middle": 2, "tail": 1},
+                                 "text": {"n": 5, "head": 2, "middle": 1, "tail": 2}}  # fmt: skip
     # Image b (30 degrees) is found first by its caption; so are a and c.
-    assert [result["metrics"]["image_to_text_R@1"][third]["n"] for third in ("head", "mid", "tail")] == [0, 2, 1]
+    assert [result["metrics"]["image_to_text_R@1"][third]["n"] for third in ("head", "middle", "tail")] == [0, 2, 1]
 
 
 def test_classes_of_a_table_beat_its_captions_and_each_side_has_its_own(tmp_path: Path) -> None:
@@ -341,8 +341,8 @@ def test_classes_of_a_table_beat_its_captions_and_each_side_has_its_own(tmp_path
     flags = ("--table", tmp_path / "t.parquet", "--label-column", "label")
     result = measured(tmp_path, at(0, 30, 60), at(0, 1, 30, 60, 61), *flags, rows=rows,
                       columns="filepath\ttitle\tlabel")  # fmt: skip
-    assert result["queries"] == {"image": {"n": 3, "head": 1, "mid": 1, "tail": 1},
-                                 "text": {"n": 5, "head": 2, "mid": 2, "tail": 1}}  # fmt: skip
+    assert result["queries"] == {"image": {"n": 3, "head": 1, "middle": 1, "tail": 1},
+                                 "text": {"n": 5, "head": 2, "middle": 2, "tail": 1}}  # fmt: skip
 
 
 @pytest.mark.parametrize("classes", [4, 5, 6, 7])
@@ -448,7 +448,7 @@ def test_the_printed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     measured(tmp_path, at(*IMAGES), at(*TEXTS), "--table", tmp_path / "t.parquet", rows=ROWS, resamples=50)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["%, ranks from 1", "all", "head", "mid", "tail"]
+    assert lines[0] == ["%, ranks from 1", "all", "head", "middle", "tail"]
     table = {line[0]: line[1:] for line in lines if line}
     assert table["text → image R@5"] == ["100.0 [100.0, 100.0]", "–", "100.0 [100.0, 100.0]", "100.0"]
     assert table["image → text median rank"][2:] == ["1.0 [1.0, 1.0]", "2.0"]
@@ -606,7 +606,7 @@ def test_ek100_takes_a_text_for_each_clip_or_each_caption(annotations: Path) -> 
         assert main(["eval", *map(str, flags)]) == 0
         results.append(json.loads((folder / f"{name}.json").read_text()))
     assert results[0]["metrics"] == results[1]["metrics"]
-    assert results[0]["queries"]["text"] == {"n": 4, "head": 0, "mid": 2, "tail": 2}
+    assert results[0]["queries"]["text"] == {"n": 4, "head": 0, "middle": 2, "tail": 2}
 
 
 def test_the_published_ek100_set_has_3842_captions() -> None:
@@ -827,5 +827,5 @@ def test_help_imports_nothing_heavy() -> None:
 def test_features_of_files_are_made_of_unit_length(tmp_path: Path) -> None:
     """The longer one is nearer by its product alone: lengths between one power of two and the next count too."""
     np.save(tmp_path / "f.npy", np.array([[0.75, 0.75], [0.5625, 0.0], [3.0, 4.0]]))
-    found = evaluate._features(str(tmp_path / "f.npy"), "--image-features")
+    found = evaluate.read_features(str(tmp_path / "f.npy"), "--image-features")
     np.testing.assert_allclose(found.numpy(), [[0.5**0.5, 0.5**0.5], [1, 0], [0.6, 0.8]], atol=1e-7)

@@ -31,7 +31,7 @@ def outcome(missed: torch.Tensor, batch: int, epochs: tuple[int, ...] = (), **ho
     for start in range(0, len(missed), batch):
         rows = torch.arange(start, start + batch)[:, None]
         try:
-            judging.see(missed[start : start + batch], rows)
+            judging.add(missed[start : start + batch], rows)
             if start + batch in epochs:
                 judging.conclude()
         except TableError:
@@ -91,18 +91,18 @@ def test_examples_are_captions_that_were_missed():
     missed = torch.zeros(100, dtype=torch.bool)
     missed[[7, 31, 50, 99]] = True
     for start in range(0, 100, 10):
-        judging.see(missed[start : start + 10], torch.arange(start, start + 10)[:, None])
+        judging.add(missed[start : start + 10], torch.arange(start, start + 10)[:, None])
     judging.conclude()
     said = "4 of the first 100 captions are not in t.parquet (96% found), for example 'caption 7'; 'caption 31'; "
     assert warnings == [said + "'caption 50'; they get the tail shift (--mmts-missing)"]
     with pytest.raises(TableError, match=r"1024 of the first 1024 .* for example 'a'; 'a'; 'a'\. Was"):
-        HitGuard("captions", "t", "tail", str, print, CPU).see(torch.ones(1024, dtype=torch.bool), ["a"] * 1024)
+        HitGuard("captions", "t", "tail", str, print, CPU).add(torch.ones(1024, dtype=torch.bool), ["a"] * 1024)
 
 
 def test_once_judged_nothing_is_counted():
     judging, warnings = guard()
-    judging.see(torch.zeros(ENOUGH, dtype=torch.bool), torch.zeros(ENOUGH, 1))
-    judging.see(None, None)  # type: ignore[arg-type]  # not looked at
+    judging.add(torch.zeros(ENOUGH, dtype=torch.bool), torch.zeros(ENOUGH, 1))
+    judging.add(None, None)  # type: ignore[arg-type]  # not looked at
     judging.conclude()
     assert warnings == []
 
@@ -124,7 +124,7 @@ def _ranks(rank: int, world_size: int, share: float, missing: str) -> tuple[str,
     for batch in range(1, 600):
         missed = torch.rand(4, generator=torch.Generator().manual_seed(batch)) >= share
         try:
-            judging.see(missed if rank else torch.zeros(4, dtype=torch.bool), torch.full((4, 1), rank))
+            judging.add(missed if rank else torch.zeros(4, dtype=torch.bool), torch.full((4, 1), rank))
         except TableError as error:
             return "stops", batch, str(error)
     return "warns" if warnings else "trains", batch, "".join(warnings)

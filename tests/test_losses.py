@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 
-from mmts_plugins.clusters import cluster_shift
 from mmts_plugins.functional import HAS_OPERATORS, info_nce, max_margin
 from mmts_plugins.losses import InfoNCELoss, MaxMarginLoss
 from mmts_plugins.schedule import CosineSchedule
+from mmts_plugins.tables import cluster_shift
 
 KINDS = {"infonce": InfoNCELoss, "max_margin": MaxMarginLoss}
 

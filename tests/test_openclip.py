@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
-from conftest import CAPTIONS, openclip_flags, write_model
+from conftest import CAPTIONS, REPOSITORY, SIGLIP, openclip_flags, run_python, write_model
 
 pytest.importorskip("open_clip_train", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
 
@@ -25,7 +25,8 @@ import open_clip
 import yaml
 from open_clip_train.main import main
 
-from mmts_plugins.adapters.openclip import Run, ScheduledLoss, _check_resumed, _pad_id, _text
+from mmts_plugins import cli
+from mmts_plugins.adapters.openclip import OpenCLIPSession, ScheduledLoss, _check_resumed, _pad_id, _reads, _text
 from mmts_plugins.errors import ConfigError, MMTSError, SeamError, TableError
 from mmts_plugins.functional import HAS_OPERATORS
 from mmts_plugins.losses.infonce import KIND
@@ -39,12 +40,12 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[dict[str, Any]] = []
         self._tokens: list[tuple[int, torch.Tensor]] = []
-        forward, temperatures = ScheduledLoss.forward, Run.of_batch
+        forward, temperatures = ScheduledLoss.forward, OpenCLIPSession.of_batch
 
-        def recording_temperatures(run: Run, tokens: torch.Tensor) -> torch.Tensor:
+        def recording_temperatures(run: OpenCLIPSession, tokens: torch.Tensor) -> torch.Tensor:
             result = temperatures(run, tokens)
             if torch.is_grad_enabled():
-                self._tokens.append((run.runtime.step, tokens))
+                self._tokens.append((run.tau.step, tokens))
                 self.scale = run._scale
             return result
 
@@ -65,7 +66,7 @@ class Recorder:
             )
             return out
 
-        monkeypatch.setattr(Run, "of_batch", recording_temperatures)
+        monkeypatch.setattr(OpenCLIPSession, "of_batch", recording_temperatures)
         monkeypatch.setattr(ScheduledLoss, "forward", recording_forward)
 
     @property
@@ -113,7 +114,7 @@ def check_steps(
         )
         np.testing.assert_allclose(call["temperature"], tau, rtol=0, atol=1e-12)
         expected = weight * reference.info_nce(call["image"], call["text"], torch.from_numpy(tau))
-        assert call["loss"] == pytest.approx(float(expected), abs=tolerance)
+        assert call["loss"] == pytest.approx(float(expected), rel=tolerance)
 
 
 def flags(model, data, logs, **changes) -> list[str]:
@@ -152,8 +153,15 @@ def test_tensorboard_gets_every_value_at_the_hosts_interval(small_model, data, t
     events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     names = {name.rsplit("/", 1)[1] for name in events.Tags()["scalars"] if name.startswith("train/mmts/")}
-    temperatures = {f"tau_{name}" for name in ("base", "mean", "min", "max", "head", "mid", "tail")}
-    diagnostics = {"loss_head", "loss_mid", "loss_tail", "positive_similarity", "negative_similarity", "similarity_gap"}
+    temperatures = {f"tau_{name}" for name in ("base", "mean", "min", "max", "head", "middle", "tail")}
+    diagnostics = {
+        "loss_head",
+        "loss_middle",
+        "loss_tail",
+        "positive_similarity",
+        "negative_similarity",
+        "similarity_gap",
+    }
     diagnostics |= {"alignment", "uniformity", "equilibrium", "modality_gap"}
     assert names == temperatures | diagnostics | {"scale_mean", "hit_rate", "phase"}
     assert [event.step for event in events.Scalars("train/mmts/uniformity")] == [0, 5, 10]
@@ -266,7 +274,7 @@ def test_accumulation_that_does_not_divide_an_epoch(small_model, data, tmp_path,
 
 
 def test_synthetic_data(small_model, data, tmp_path, recorder):
-    from mmts_plugins.clusters import ClusterTable
+    from mmts_plugins.tables import ClusterTable
 
     table = tmp_path / "dummy.parquet"
     ClusterTable.build(["Dummy caption", "never seen"], [0, 1], [7, 3], [7, 3]).save(table)
@@ -298,7 +306,7 @@ def test_webdataset(small_model, data, tmp_path, recorder):
     check_steps(recorder, small_model, data.table, total=12)
 
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "resnet": {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
     "timm": {
         "vision_cfg": {
@@ -309,6 +317,7 @@ MODELS = {
         }
     },
     "logit-bias": {"init_logit_bias": -1.0},
+    "siglip": SIGLIP,
     "nonscalar-scale": {"nonscalar_logit_scale": True},
 }
 
@@ -376,10 +385,6 @@ def test_coca_keeps_its_caption_loss(data, tmp_path, recorder):
     model = write_model(
         tmp_path / "coca", multimodal_cfg=multimodal, text_cfg=text, vision_cfg=vision, custom_text=True
     )
-    # OpenCLIP 3.3.0 leaves one parameter of a CoCa made from scratch uninitialised.
-    coca = open_clip.create_model(model)
-    torch.nn.init.normal_(coca.text_decoder.text_projection, std=0.1)
-    torch.save(coca.state_dict(), tmp_path / "coca/open_clip_pytorch_model.bin")
     main(flags(model, data, tmp_path, epochs=1, coca_contrastive_loss_weight=0.5))
     check_steps(recorder, model, data.table, total=6, weight=0.5)
     caption = [float(call["out"]["caption_loss"]) for call in recorder.calls]
@@ -407,14 +412,14 @@ def test_ablations(small_model, data, tmp_path, recorder):
 
 
 def interrupt_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = Run.begin_epoch
+    begin = OpenCLIPSession.begin_epoch
 
     def interrupted(run, model, loss, number, *rest):
         if number == epoch:
             raise KeyboardInterrupt
         return begin(run, model, loss, number, *rest)
 
-    monkeypatch.setattr(Run, "begin_epoch", interrupted)
+    monkeypatch.setattr(OpenCLIPSession, "begin_epoch", interrupted)
 
 
 def test_resume_goes_on_with_the_schedule(small_model, data, tmp_path, recorder, monkeypatch):
@@ -646,7 +651,7 @@ def test_abbreviation_is_refused(small_model, data, tmp_path):
 
 
 def test_tables_that_do_not_fit(small_model, data, tmp_path):
-    from mmts_plugins.clusters import ClusterTable
+    from mmts_plugins.tables import ClusterTable
 
     truncated = tmp_path / "truncated.parquet"
     truncated.write_bytes(data.table.read_bytes()[:-20])
@@ -670,7 +675,7 @@ def test_tables_that_do_not_fit(small_model, data, tmp_path):
 
 
 def partial_table(tmp_path: Path, without: int) -> Path:
-    from mmts_plugins.clusters import ClusterTable
+    from mmts_plugins.tables import ClusterTable
 
     kept = [i for i in range(len(CAPTIONS)) if i not in range(without)]
     tmp_path.mkdir(exist_ok=True)
@@ -735,6 +740,27 @@ def test_a_step_without_our_loss_stops(small_model, data, tmp_path, monkeypatch)
         SeamError, match=r"open_clip_torch 3\..*training starts without the MM-TS loss \(found ClipLoss\)"
     ):
         main(flags(small_model, data, tmp_path))
+
+
+def test_a_table_of_another_column_stops_before_the_first_batch(small_model, data, tmp_path):
+    table = tmp_path / "t.parquet"
+    assert cli.main(["cluster", str(data.csv), "-k", "2", "--encoder", "hashing", "-o", str(table)]) == 0
+    other = tmp_path / "other.tsv"
+    other.write_text(data.csv.read_text().replace("filepath\ttitle", "filepath\ttext"))
+    flags = openclip_flags(small_model, tmp_path / "logs", train_data=other, dataset_type="csv", epochs=1)
+    done = run_python("-m", "open_clip_train.main", *flags, "--csv-caption-key", "text", "--loss", "mmts",
+                      "--mmts-clusters", table, PYTHONPATH=str(REPOSITORY))  # fmt: skip
+    assert done.returncode != 0
+    (error,) = [line for line in done.stdout.splitlines() if line.startswith("mmts: error: ")]
+    assert "was made of column 'title', but this run trains on column 'text' (--csv-caption-key)" in error
+    assert "Train Epoch" not in done.stdout
+
+
+@pytest.mark.parametrize(("factors", "weights"), [("1::10", "1::10"), ("0.5::1", "1::2"), ("0.33333::1", "0.33333::1")])
+def test_any_upsampling_factors_of_the_host_train(factors, weights):
+    args = types.SimpleNamespace(dataset_type="webdataset", train_data="a.tar::b.tar",
+                                 train_data_upsampling_factors=factors)  # fmt: skip
+    assert _reads(args)["weights"] == (weights, "--train-data-upsampling-factors")
 
 
 def test_without_our_flag_nothing_changes(small_model, data, tmp_path):

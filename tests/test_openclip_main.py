@@ -15,6 +15,7 @@ import pytest
 import reference
 import torch
 from conftest import REPOSITORY, openclip_flags, run_python, write_model
+from test_openclip_ranks import on_spheres
 
 open_clip = pytest.importorskip("open_clip", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
 
@@ -33,9 +34,9 @@ def flags(model, data, logs, **changes) -> list[str]:
     return openclip_flags(model, logs, **given)
 
 
-def train(*command: object, expect: int = 0, **environment: str) -> str:
+def train(*command: object, expect: int = 0, timeout: float = 150, **environment: str) -> str:
     path = os.pathsep.join((str(ROOT / "src"), str(REPOSITORY / "tests" / "shim")))
-    done = run_python(*command, PYTHONPATH=path, **environment)
+    done = run_python(*command, timeout=timeout, PYTHONPATH=path, **environment)
     assert done.returncode == expect, done.stdout[-3000:]
     return done.stdout
 
@@ -91,6 +92,35 @@ def test_two_ranks_equal_the_reference(accum, options, small_model, data, tmp_pa
     out = train(*TORCHRUN, DRIVER, tmp_path / "run", *arguments)
     check_steps([dict(np.load(tmp_path / f"run-{rank}.npz")) for rank in range(2)], data, 8 // accum, accum)
     assert out.count("MM-TS step ") == 8 // accum
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": True}], ids=["ddp", "fsdp"])
+def test_class_tokens_on_two_ranks(options, small_model, data, tmp_path):
+    """With MM-TS equal to the reference; without, clamped where the flag says; resumed without a flag."""
+    ours = {"mmts_product_sphere": "4,4", "mmts_class_tokens": True, "batch_size": 6, **options}
+    train(*TORCHRUN, DRIVER, tmp_path / "run", *flags(small_model, data, tmp_path / "logs", **ours))
+    ranks = [dict(np.load(tmp_path / f"run-{rank}.npz")) for rank in range(2)]
+    check_steps(ranks, data, total=8)
+    on_spheres(ranks, 4)
+    plain = {**ours, "loss": None, "mmts_clusters": None}
+    scaled = {"mmts_logit_scale": 2, "mmts_max_logit_scale": 2, "lr": 0.3}
+    out = train(*TORCHRUN, DRIVER, tmp_path / "b", *flags(small_model, data, tmp_path / "b", **plain, **scaled))
+    assert out.count("MM-TS: features on Multi(4, 4)") == 1
+    scales = [float(scale) for scale in re.findall(r"Train Epoch.* Logit Scale: ([\d.]+)", out)]
+    assert len(scales) == 8
+    assert max(scales) <= 8.0001
+    checkpoint = tmp_path / "b" / "run" / "checkpoints" / "epoch_2.pt"
+    assert torch.load(checkpoint, weights_only=True)["state_dict"]["mmts_product_sphere"].tolist() == [4, 4, 0]
+    again = {"batch_size": 6, **options, "loss": None, "mmts_clusters": None, "epochs": 3, "resume": checkpoint}
+    out = train(*TORCHRUN, DRIVER, tmp_path / "c", *flags(small_model, data, tmp_path / "c", **again))
+    assert out.count("MM-TS: features on Multi(4, 4), as the checkpoint says") == 1
+
+
+def test_product_sphere_on_this_openclip():
+    """The tests of models, checkpoints and the trainer, with this OpenCLIP in the place of the installed one."""
+    suite = REPOSITORY / "tests" / "test_product_sphere.py"
+    out = train("-m", "pytest", "-q", "-p", "no:cacheprovider", suite, timeout=600)
+    assert int(re.search(r"(\d+) passed", out)[1]) >= 80
 
 
 def test_coca_keeps_its_caption_loss(data, tmp_path):

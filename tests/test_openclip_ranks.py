@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
-from conftest import REPOSITORY, openclip_flags, run_python
+from conftest import REPOSITORY, SIGLIP, openclip_flags, run_python, write_model
 
 pytest.importorskip("open_clip_train", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
 
@@ -74,6 +74,48 @@ def test_every_step_equals_the_reference(options, small_model, data, tmp_path):
     check(ranks, bool(options.get("local_loss")), total, data)
 
 
+def test_an_architecture_of_siglips(data, tmp_path):
+    """Its bias is no part of a softmax, and DDP wants a gradient for it all the same."""
+    model = write_model(tmp_path / "siglip", **SIGLIP)
+    ranks = recorded(tmp_path / "run", flags(model, data, tmp_path / "logs", epochs=1))
+    check(ranks, local=False, total=4, data=data)
+    assert len(ranks[0]["loss"]) == 4
+
+
+def on_spheres(ranks, m: int) -> None:
+    """Every feature of every call has ``m`` parts, each of length ``1 / sqrt(m)``."""
+    for name in ("image", "text"):
+        features = np.stack([rank[name] for rank in ranks])
+        lengths = np.linalg.norm(features.reshape(*features.shape[:-1], m, -1), axis=-1)
+        np.testing.assert_allclose(lengths, m**-0.5, atol=1e-6)
+
+
+def test_class_tokens_on_two_ranks(small_model, data, tmp_path):
+    """Equal to the reference; both ranks end alike; killed and resumed equals uninterrupted; MM-TS or not."""
+    ours = {"mmts_product_sphere": "4,4", "mmts_class_tokens": True, "gather_with_grad": True}
+    whole = recorded(tmp_path / "whole", flags(small_model, data, tmp_path / "a", **ours))
+    check(whole, local=False, total=8, data=data)
+    on_spheres(whole, 4)
+    arguments = flags(small_model, data, tmp_path / "b", **ours)
+    recorded(tmp_path / "first", arguments, expect=9, TEST_DIE_BEFORE_EPOCH="1")
+    recorded(tmp_path / "second", [*arguments, "--resume", "latest"])
+    states = [torch.load(tmp_path / f"{name}/run/checkpoints/epoch_2.pt", weights_only=True) for name in "ab"]
+    one, other = (state["state_dict"] for state in states)
+    assert one["module.mmts_product_sphere"].tolist() == [4, 4, 0]
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    # without a loss of ours, and resumed by one process without a flag
+    plain = flags(small_model, data, tmp_path / "c", **ours, loss=None, mmts_clusters=None)
+    script = REPOSITORY / "tests" / "recorded_openclip.py"
+    done = run_python(*TORCHRUN, "--", script, tmp_path / "plain", *plain)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.count("MM-TS: features on Multi(4, 4)") == 1
+    given = {"loss": None, "mmts_clusters": None, "epochs": 3, "name": "one"}
+    resume = ["--resume", str(tmp_path / "c/run/checkpoints/epoch_2.pt")]
+    done = run_python(script, tmp_path / "one", *flags(small_model, data, tmp_path / "c", **given), *resume)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "MM-TS: features on Multi(4, 4), as the checkpoint says" in done.stdout
+
+
 def test_killed_and_resumed_equals_uninterrupted(small_model, data, tmp_path):
     whole = recorded(tmp_path / "whole", flags(small_model, data, tmp_path / "a"))
     arguments = flags(small_model, data, tmp_path / "b")
@@ -95,7 +137,7 @@ def test_started_as_the_readme_says_one_rank_logs(small_model, data, tmp_path):
 
 
 def test_ranks_with_different_tables_stop(small_model, data, tmp_path):
-    from mmts_plugins.clusters import ClusterTable
+    from mmts_plugins.tables import ClusterTable
 
     table = ClusterTable.load(data.table)
     for rank in range(2):

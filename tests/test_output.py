@@ -12,7 +12,7 @@ import pytest
 from conftest import run_python
 from forked import run_forked
 
-from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.tables import ClusterTable
 
 WORDS = ["dog", "cat", "café", "bird", "car", "tree"]
 CAPTIONS = [f"a photo of a {word}" for word in WORDS for _ in range(6)]

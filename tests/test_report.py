@@ -21,16 +21,16 @@ from pages import assert_self_contained
 
 from mmts_plugins.adapters import avion
 from mmts_plugins.cli import main
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.config import Config
 from mmts_plugins.errors import ConfigError, MMTSError
 from mmts_plugins.options import split_flags
-from mmts_plugins.plan import Plan, adapter_of, named_table
 from mmts_plugins.presets import presets
+from mmts_plugins.preview import Preview, adapter_of, named_table
 from mmts_plugins.record import record, write_record
 from mmts_plugins.report import concepts, logs, plots, run, schedule, table
 from mmts_plugins.report.page import escaped, slugs
-from mmts_plugins.runtime import Runtime
+from mmts_plugins.tables import ClusterTable
+from mmts_plugins.temperature import Temperatures
 
 pytest.importorskip("matplotlib")
 
@@ -58,35 +58,35 @@ def long_tail(path: Path, **info: Any) -> ClusterTable:
 def test_a_plan_gives_the_temperatures_of_the_run(data: Data) -> None:
     found = ClusterTable.load(data.table)
     config = Config("mmts-infonce", 0.04, 0.05, 0.10, str(data.table))
-    runtime = Runtime(config, found, found.frequency, 100, torch.device("cpu"))
-    plan = Plan(vars(config), 100, found)
-    assert plan.shifts["head"] == pytest.approx(runtime.head_shift)
-    assert plan.shifts["tail"] == pytest.approx(runtime.tail_shift)
-    assert (plan.shifts["rarest"], plan.shifts["most common"]) == pytest.approx((0.05, 0.10))
-    assert list(plan.shifts.values()) == sorted(plan.shifts.values())
+    tau = Temperatures(config, found, found.frequency, 100, torch.device("cpu"))
+    preview = Preview(vars(config), 100, found)
+    assert preview.shifts["head"] == pytest.approx(tau.head_shift)
+    assert preview.shifts["tail"] == pytest.approx(tau.tail_shift)
+    assert (preview.shifts["rarest"], preview.shifts["most common"]) == pytest.approx((0.05, 0.10))
+    assert list(preview.shifts.values()) == sorted(preview.shifts.values())
     steps = np.arange(100)
-    assert plan.base(steps) == pytest.approx([runtime.schedule.offset(step) for step in range(100)])
-    assert plan.extremes == {"start": 0, "trough": 10, "peak": 20, "end": 99}
+    assert preview.base(steps) == pytest.approx([tau.schedule.offset(step) for step in range(100)])
+    assert preview.extremes == {"start": 0, "trough": 10, "peak": 20, "end": 99}
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 12])
 def test_extremes_lie_inside_short_runs(total: int) -> None:
-    plan = Plan.of_preset("clip-cc3m", total)
-    base = plan.base(np.arange(total))
-    assert plan.extremes["end"] == total - 1
-    assert base[plan.extremes["trough"]] == pytest.approx(base.min())
-    assert plan.extremes["trough"] <= plan.extremes["peak"] < total
+    preview = Preview.of_preset("clip-cc3m", total)
+    base = preview.base(np.arange(total))
+    assert preview.extremes["end"] == total - 1
+    assert base[preview.extremes["trough"]] == pytest.approx(base.min())
+    assert preview.extremes["trough"] <= preview.extremes["peak"] < total
 
 
 def test_a_plan_may_break_a_guard_and_says_so() -> None:
-    assert Plan.of_preset("clip-cc3m", 10).problem is None
-    broken = Plan.of_preset("clip-cc3m", 10, alpha=0.1)
+    assert Preview.of_preset("clip-cc3m", 10).problem is None
+    broken = Preview.of_preset("clip-cc3m", 10, alpha=0.1)
     assert broken.problem is not None
     assert "must stay above zero" in broken.problem
     with pytest.raises(ConfigError, match="at least one optimizer step"):
-        Plan.of_preset("clip-cc3m", 0)
+        Preview.of_preset("clip-cc3m", 0)
     with pytest.raises(ConfigError, match="unknown preset 'clip'"):
-        Plan.of_preset("clip", 10)
+        Preview.of_preset("clip", 10)
 
 
 def test_schedule_counts_as_the_host_would(tmp_path: Path) -> None:
@@ -136,7 +136,8 @@ def test_schedule_counts_classes_and_warns(tmp_path: Path, capsys: pytest.Captur
         (["--host", "avion", "--train-metadata", "x.csv"], "x.csv: cannot be read"),
         (
             ["--host", "clip", "--mmts-no-shifts"],
-            "no adapter; choose from avion, avion-pretraining, gram, openclip, vast",
+            "no adapter; choose from avion, avion-pretraining, gram, lightning, openclip, sentence-transformers, "
+            "transformers, vast",
         ),
     ],
 )
@@ -169,9 +170,9 @@ def test_a_recorded_table_is_taken_only_if_it_is_the_runs(tmp_path: Path) -> Non
 # --- mmts plot schedule -----------------------------------------------------------------------------------------------
 
 
-def drawn(plan: Plan, draw: Any) -> list[Any]:
+def drawn(preview: Preview, draw: Any) -> list[Any]:
     _, (axes,) = plots.new_figure(3)
-    draw(axes, plan)
+    draw(axes, preview)
     return list(axes.get_lines())
 
 
@@ -197,35 +198,37 @@ def test_plot_schedule_takes_a_configs_own_length_and_table(data: Data, tmp_path
     write_record(
         saved, record(Config("mmts-infonce", 0.04, 0.05, 0.1, str(data.table)), 70, None, "open_clip_torch", "3.3.0")
     )
-    (plan,) = schedule.plans([], [str(saved)], None, None, {}, 1000)
-    assert plan.total_steps == 70
-    assert plan.schedule.period == 14
-    assert "head" in plan.shifts
-    (plan,) = schedule.plans([], [str(saved)], None, 100, {"period": 50.0, "alpha": 0.02}, 1000)
-    assert (plan.total_steps, plan.schedule.period, plan.schedule.alpha) == (100, 50, 0.02)
+    (preview,) = schedule.previews([], [str(saved)], None, None, {}, 1000)
+    assert preview.total_steps == 70
+    assert preview.schedule.period == 14
+    assert "head" in preview.shifts
+    (preview,) = schedule.previews([], [str(saved)], None, 100, {"period": 50.0, "alpha": 0.02}, 1000)
+    assert (preview.total_steps, preview.schedule.period, preview.schedule.alpha) == (100, 50, 0.02)
 
 
 def test_values_that_break_a_guard_are_marked() -> None:
-    plan = Plan.of_preset("clip-cc3m", 100, alpha=0.12)
-    red = [line for line in drawn(plan, schedule.draw_run) if line.get_color() == plots.FORBIDDEN and line.get_alpha()]
+    preview = Preview.of_preset("clip-cc3m", 100, alpha=0.12)
+    red = [
+        line for line in drawn(preview, schedule.draw_run) if line.get_color() == plots.FORBIDDEN and line.get_alpha()
+    ]
     marked = np.concatenate([line.get_ydata() for line in red])
-    expected = np.concatenate([plan.base(np.arange(100)) + shift for shift in plan.shifts.values()])
+    expected = np.concatenate([preview.base(np.arange(100)) + shift for shift in preview.shifts.values()])
     assert np.sort(marked[~np.isnan(marked)]) == pytest.approx(np.sort(expected[expected <= 0]))
     assert (expected <= 0).any()
-    assert "A run refuses this: the lowest temperature of the run is -0.01" in schedule.say(plan)
-    calm = drawn(Plan.of_preset("clip-cc3m", 100), schedule.draw_run)
+    assert "A run refuses this: the lowest temperature of the run is -0.01" in schedule.say(preview)
+    calm = drawn(Preview.of_preset("clip-cc3m", 100), schedule.draw_run)
     assert all(np.isnan(line.get_ydata()).all() for line in calm if line.get_color() == plots.FORBIDDEN)
 
 
 def test_weights_of_negatives_are_the_losses_own() -> None:
     similarity = torch.tensor([0.9, 0.3, 0.25, -0.1], dtype=torch.float64)  # of the positive, and of three negatives
-    for line in drawn(Plan.of_preset("clip-cc3m", 100), schedule.draw_weights):
+    for line in drawn(Preview.of_preset("clip-cc3m", 100), schedule.draw_weights):
         tau = float(line.get_label().rsplit(" ", 1)[1])
         scores = similarity.clone().requires_grad_()
         torch.nn.functional.cross_entropy((scores / tau)[None], torch.tensor([0])).backward()
         weight = scores.grad[2] / scores.grad[1]
         assert np.interp(-0.05, *line.get_data()) == pytest.approx(weight.item(), rel=1e-3)
-    steps = drawn(Plan.of_preset("avion-max-margin", 100), schedule.draw_weights)
+    steps = drawn(Preview.of_preset("avion-max-margin", 100), schedule.draw_weights)
     for line in steps:
         gap, weight = line.get_data()
         assert gap[weight > 0].min() == pytest.approx(-float(line.get_label().rsplit(" ", 1)[1]), abs=1e-3)
@@ -619,16 +622,16 @@ def make_run(folder: Path, made: Path, off: float = 0.0, skip: Sequence[str] = (
     values = {"alpha": 0.04, "shift_min": 0.05, "shift_max": 0.1, **changes}
     config = Config("mmts-infonce", clusters=str(made), **values)
     found = ClusterTable.load(made)
-    plan = Plan(vars(config), 100, found)
-    tail, middle, head = (plan.shifts.get(name, 0.075) for name in ("tail", "middle", "head"))
+    preview = Preview(vars(config), 100, found)
+    tail, middle, head = (preview.shifts.get(name, 0.075) for name in ("tail", "middle", "head"))
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     write_record(checkpoints / "mmts.yaml", record(config, 100, found.content_hash, "open_clip_torch", "3.3.0"))
     lines = []
     for step in range(0, 100, 10):
-        base = plan.schedule.offset(step)
+        base = preview.schedule.offset(step)
         line = {"step": step, "total_steps": 100, "epoch": step / 50, "loss": 4 - step / 50, "tau_base": base + off,
-                "tau_head": base + head, "tau_mid": base + middle,
+                "tau_head": base + head, "tau_middle": base + middle,
                 "tau_tail": base + tail, "hit_rate": 1.0, "loss_head": 4.0, "loss_tail": 3.0,
                 "alignment": 1 - step / 100}  # fmt: skip
         lines.append(json.dumps({name: value for name, value in line.items() if name not in skip}))
@@ -767,6 +770,17 @@ def test_steps_and_values_that_are_none_are_left_out(made: Path, tmp_path: Path)
                            "the loss is not a finite number from step 5 on: the training diverged"]  # fmt: skip
 
 
+def test_the_middle_third_as_it_was_called_before(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", made)
+    (folder / "checkpoints" / "mmts.jsonl").write_text('{"step": 5, "total_steps": 10, "loss_mid": 2, "mid_tau": 1}\n')
+    entry = {"value": 0.5, "head": {"value": 0.6}, "mid": {"value": 0.4}, "tail": {"value": 0.2}}
+    (folder / "mmts_eval.json").write_text(json.dumps({"metrics": {"R@1": entry}}))
+    found = logs.read_run(folder)
+    assert {name for name in found.series if "mid" in name} == {"loss_middle", "mid_tau"}
+    assert {third: score.value for third, score in found.metrics["R@1"].thirds.items()} == {
+        "head": 0.6, "middle": 0.4, "tail": 0.2}  # fmt: skip
+
+
 def test_a_record_that_is_odd_is_shown_and_draws_nothing(made: Path, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", made)
     path = folder / "checkpoints" / "mmts.yaml"
@@ -894,18 +908,18 @@ def test_figures_of_runs_hold_what_was_configured_and_logged(
     lower = {"image_to_text_R@1": score(0.3, head=0.45, tail=0.1)}
     (two / "mmts_eval.json").write_text(json.dumps({"metrics": lower}))
     assert report(one, two, "-o", tmp_path / "out") == 0
-    plan = Plan(vars(Config("mmts-infonce", 0.04, 0.05, 0.1, str(made))), 100, ClusterTable.load(made))
+    preview = Preview(vars(Config("mmts-infonce", 0.04, 0.05, 0.1, str(made))), 100, ClusterTable.load(made))
 
     upper = figures["schedule.png"].axes[0]
     lines = {line.get_label(): line for line in upper.get_lines()}
     for name in ("head", "middle", "tail"):
-        expected = plan.base(np.arange(100)) + plan.shifts[name]
+        expected = preview.base(np.arange(100)) + preview.shifts[name]
         assert lines[f"{name} third"].get_ydata() == pytest.approx(expected)
         assert lines[f"{name} third"].get_xdata().tolist() == list(range(100))
     dots = [line for line in upper.get_lines() if line.get_marker() == "."]
     for line, name in zip(dots, ("head", "middle", "tail")):
         assert line.get_xdata() == pytest.approx(np.arange(0, 100, 10))
-        assert line.get_ydata() == pytest.approx(plan.base(np.arange(0, 100, 10)) + plan.shifts[name])
+        assert line.get_ydata() == pytest.approx(preview.base(np.arange(0, 100, 10)) + preview.shifts[name])
         assert line.get_color() == lines[f"{name} third"].get_color()
     assert len(dots) == 3
 
@@ -1066,7 +1080,7 @@ def test_a_plain_run_that_keeps_its_table_is_a_run(tmp_path: Path) -> None:
 
 def test_report_of_a_plain_run_alone_is_the_page_of_what_there_is(tmp_path: Path) -> None:
     assert report(make_plain(tmp_path / "plain"), "-o", tmp_path / "out") == 0
-    assert_self_contained(page_of(tmp_path / "out"), pictures=3)
+    assert_self_contained(page_of(tmp_path / "out"), pictures=4)
     text = text_of(tmp_path / "out")
     assert "No run has an mmts.yaml." in text
     assert "None of the runs has a cluster table" in text
@@ -1093,6 +1107,35 @@ def test_model_cards_tell_ablations_apart(made: Path, tmp_path: Path) -> None:
     }
     for name, (changes, expected) in told.items():
         assert expected in run.model_card(logs.read_run(make_run(tmp_path / name, made, **changes)))
+
+
+def test_what_is_nought_is_shown_where_it_says_something(made: Path, tmp_path: Path) -> None:
+    card = run.model_card(logs.read_run(make_run(tmp_path / "one", made, shuffle_shifts=0, alpha=0.0)))
+    assert "(a control: the shifts were shuffled)" in card
+    for expected in ("| shuffle_shifts | 0 |", "| alpha | 0 |"):
+        assert expected in card
+    for nothing in ("start_phase", "no_shifts", "mean_matched", "distribution"):
+        assert nothing not in card
+
+
+def test_what_was_logged_once_is_drawn_too(made: Path, tmp_path: Path, figures: dict[str, Any]) -> None:
+    folder = make_run(tmp_path / "one", made)
+    log = folder / "checkpoints" / "mmts.jsonl"
+    every = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in every[1:]:
+        del line["loss_head"]
+    log.write_text("".join(json.dumps(line) + "\n" for line in every))
+    assert report(folder, "-o", tmp_path / "out") == 0
+    head, tail = figures["loss.png"].axes[1].get_lines()
+    assert (head.get_label(), head.get_xydata().tolist(), head.get_marker()) == ("head", [[0, 4.0]], ".")
+    assert (tail.get_label(), len(tail.get_xydata()), tail.get_marker()) == ("tail", 10, "")
+
+
+def test_report_of_the_mean_without_the_runs_table(made: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one", made, no_shifts=True, mean_matched=True)
+    made.unlink()
+    assert report(folder, "-o", tmp_path / "out") == 0
+    assert f"the cluster table cannot be shown: {made} is not found from here" in text_of(tmp_path / "out")
 
 
 def test_report_without_the_runs_table(made: Path, tmp_path: Path) -> None:
@@ -1136,3 +1179,39 @@ def test_report_of_a_real_run(small_model: str, data: Data, tmp_path: Path) -> N
     assert "learned_temperature" not in found.series
     with pytest.raises(MMTSError, match="not a training run"):
         logs.read_run(data.folder)
+
+
+def test_learned_temperatures(tmp_path):
+    """Fig. 3 and Table 7: where each scale starts and ends, and from which epoch on it stands still."""
+    from mmts_plugins.report.temperatures import learned
+
+    def run(name: str, scales: list[float], *settings: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = []
+        for epoch, scale in enumerate(scales):
+            lines.append(
+                f"2026-01-01,00:00:00 | INFO | Train Epoch: {epoch} [48/48 (100%)] Data (t): 0.1 Batch (t): 0.1, 1/s "
+                f"LR: 0.1 Logit Scale: {scale:.3f} Contrastive_loss: 1.0 (1.0) Loss: 1.0 (1.0)"
+            )
+        (folder / "out.log").write_text("\n".join(lines) + "\n")
+        (folder / "params.txt").write_text("\n".join([f"epochs: {len(scales)}", *settings]) + "\n")
+        return folder
+
+    still = run("still", [14.3, 20, 30, 30.3, 30.5, 30.6])
+    moving = run("moving", [14.3, 20, 30, 40, 50, 60])
+    clamped = run("clamped", [14.3, 60, 99, 100, 100, 100])
+    sphere = run("sphere", [8, 16, 17, 17.1, 17.1, 17.1], "mmts_product_sphere: 8,8", "mmts_max_logit_scale: None")
+    low = run("low", [8, 16, 16, 16, 16, 16], "mmts_product_sphere: 8,8", "mmts_max_logit_scale: 2.0")
+    found = {path.name: learned(logs.read_run(path)) for path in (still, moving, clamped, sphere, low)}
+    assert {name: each.still for name, each in found.items()} == {
+        "still": 3, "moving": None, "clamped": 3, "sphere": 3, "low": 2}  # fmt: skip
+    assert [name for name, each in found.items() if each.clamped] == ["clamped", "low"]
+    assert (found["sphere"].last, found["sphere"].factor) == (pytest.approx(17.1), 8)
+    assert main(["report", *map(str, (still, clamped, sphere)), "-o", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert (tmp_path / "page" / "temperatures.png").exists()
+    assert "Learned temperatures" in page
+    assert "17.1 (t = 2.138)" in page
+    assert "clamped: the scale ends at its clamp" in page
+    assert "still: the scale ends" not in page

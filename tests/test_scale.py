@@ -15,10 +15,9 @@ import pytest
 import torch
 from test_clustering import cluster, make_tar, refused
 
-from mmts_plugins import large, lookup
 from mmts_plugins.clustering import ray_engine, stages
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.errors import MMTSError, TableError
+from mmts_plugins.tables import ClusterTable, index, streamed
 
 pytest.importorskip("sklearn")
 
@@ -210,8 +209,8 @@ def tokenizer(captions: list[str]) -> torch.Tensor:
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(large, "LARGE_FROM", 1000)
-    monkeypatch.setattr(lookup, "_CHUNK", 64)
+    monkeypatch.setattr(streamed, "LARGE_FROM", 1000)
+    monkeypatch.setattr(index, "_CHUNK", 64)
     draw = np.random.default_rng(0)
     keys = [f"caption {number} {'X' if number % 10 else 'x'}" for number in range(3000)]
     keys += [key.upper() for key in keys[:50]]  # tokenize like others
@@ -225,14 +224,14 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_large_table_is_the_same_table(parts: Path) -> None:
-    seen, whole = large.open_table(parts), ClusterTable.load(parts)
-    assert isinstance(seen, large.LargeTable)
+    seen, whole = streamed.open_table(parts), ClusterTable.load(parts)
+    assert isinstance(seen, streamed.LargeTable)
     assert (len(seen), seen.content_hash, seen.kind) == (len(whole), whole.content_hash, whole.kind)
     assert (seen.clusters, seen.samples) == (whole.clusters, whole.samples)
     assert tuple(seen.summary) == pytest.approx(tuple(whole.summary), rel=1e-9)
 
     device = torch.device("cpu")
-    by_stream, by_load = (lookup.TokenLookup(table, tokenizer, 0, device) for table in (seen, whole))
+    by_stream, by_load = (index.TokenLookup(table, tokenizer, 0, device) for table in (seen, whole))
     assert by_stream.merged == by_load.merged == 50
     batch = tokenizer([*whole.keys.to_pylist(), "not there"])
     found, expected = by_stream(batch), by_load(batch)
@@ -243,8 +242,8 @@ def test_a_large_table_is_the_same_table(parts: Path) -> None:
 def test_frequencies_beyond_sixteen_bits_are_rounded_to_even_levels(
     parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(large, "LEVELS", 5)
-    seen = large.open_table(parts)
+    monkeypatch.setattr(streamed, "LEVELS", 5)
+    seen = streamed.open_table(parts)
     low, high = seen.summary.low, seen.summary.high
     values = np.linspace(low, high, 999)
     assert len(seen.levels) == 5
@@ -252,11 +251,11 @@ def test_frequencies_beyond_sixteen_bits_are_rounded_to_even_levels(
 
 
 def _open(parts: str, results: Any) -> None:
-    large.LARGE_FROM = 1000
+    streamed.LARGE_FROM = 1000
     built = []
-    real = lookup._write_index
-    lookup._write_index = lambda *args: built.append(1) or real(*args)  # type: ignore[func-returns-value]
-    table = lookup.TokenLookup(large.open_table(parts), tokenizer, 0, torch.device("cpu"))
+    real = index._write_index
+    index._write_index = lambda *args: built.append(1) or real(*args)  # type: ignore[func-returns-value]
+    table = index.TokenLookup(streamed.open_table(parts), tokenizer, 0, torch.device("cpu"))
     mapped = "codes.i16" in Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else True
     results.put((len(built), mapped, int(table(tokenizer(["caption 7 X"]))[0])))
 
@@ -280,10 +279,10 @@ def test_a_large_table_that_is_wrong_is_one_error(parts: Path) -> None:
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
     with pytest.raises(TableError, match=r"1\.parquet: not a readable Parquet file"):
-        large.open_table(parts)
+        streamed.open_table(parts)
     part.unlink()
     with pytest.raises(TableError, match="holds 2 parts of a table of 3"):
-        large.open_table(parts)
+        streamed.open_table(parts)
     with pytest.raises(TableError, match="holds 2 parts of a table of 3"):
         ClusterTable.load(parts)
     buffer = io.BytesIO()
@@ -292,15 +291,15 @@ def test_a_large_table_that_is_wrong_is_one_error(parts: Path) -> None:
         path.unlink()
     part.write_bytes(buffer.getvalue())
     with pytest.raises(TableError, match="'frequency' must hold finite numbers above zero"):
-        large.open_table(parts)
+        streamed.open_table(parts)
 
 
 def test_what_was_read_of_a_large_table_is_kept(parts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = large.open_table(parts)
+    first = streamed.open_table(parts)
     assert len(list((tmp_path / "cache" / "tables").glob("*.json"))) == 1
-    monkeypatch.setattr(large, "_read_through", lambda *_: pytest.fail("read again"))
-    assert large.open_table(parts).content_hash == first.content_hash
+    monkeypatch.setattr(streamed, "_read_through", lambda *_: pytest.fail("read again"))
+    assert streamed.open_table(parts).content_hash == first.content_hash
     (file,) = (tmp_path / "cache" / "tables").glob("*.json")
     assert json.loads(file.read_text().splitlines()[0])["rows"] == len(first) == 3050
     with pytest.raises(MMTSError, match="no such cluster table"):
-        large.open_table(parts / "missing.parquet")
+        streamed.open_table(parts / "missing.parquet")

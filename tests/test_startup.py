@@ -28,6 +28,18 @@ needs_openclip = pytest.mark.skipif(
 )
 
 REGISTRY = "from mmts_plugins.hosts import registry"
+SEAMS = {
+    "OpenCLIP": 7,
+    "OpenCLIP (training)": 3,
+    "AVION": 11,
+    "VAST": 5,
+    "VAST (vast_utils)": 5,
+    "GRAM": 5,
+    "transformers": 3,
+    "sentence-transformers": 3,
+    "Lightning": 0,
+}
+BUILT_IN = " ".join(SEAMS)
 
 
 def flags(model, data, logs, **changes) -> list[str]:
@@ -484,6 +496,26 @@ def test_uninstall_puts_the_original_back(tiny):
     assert tiny(code).stdout.splitlines() == ["plain a plain b not armed 0 False", "ours:plain c"]
 
 
+def test_two_hosts_at_one_function(tiny):
+    """As those that build on one trainer: each has its own there, and both are gone afterwards, without a word."""
+    done = tiny(
+        """
+        import logging; logging.basicConfig(level=logging.DEBUG, format="LOG %(levelname)s")
+        from mmts_plugins.hosts import registry
+        def also(original, *args): return "also:" + original(*args)
+        other = Host("Other", "other-host", "tiny", "1.0", (Seam("tiny.leaf", "make", ("args",), also),), ())
+        registry._hosts[:] = [host, other]
+        for each in registry.hosts(): each.install()
+        import tiny
+        print(tiny.make("a"), host.status(seam), other.status(other.seams[0]))
+        registry.uninstall_all()
+        print(tiny.leaf.make("b"), tiny.make("c"), hasattr(tiny.leaf.make, "_mmts_seam"))
+        """
+    )
+    lines = [line for line in done.stdout.splitlines() if line != "LOG DEBUG"]
+    assert lines == ["also:ours:plain a installed installed", "plain b plain c False"]
+
+
 def test_uninstall_under_another_tools_wrapper_switches_off_in_place(tiny):
     code = """
     import functools
@@ -700,8 +732,7 @@ def test_an_adapter_of_somebody_else_is_used(adapters):
     assert done.stdout.strip() == "ours:plain trained ['--loss', 'mmts']"
     done = python(f"{REGISTRY}; print([h.name for h in registry.hosts()], registry.broken())",
                   PYTHONPATH=path)  # fmt: skip
-    built_in = "'OpenCLIP', 'AVION', 'VAST', 'VAST (vast_utils)', 'GRAM'"
-    assert done.stdout.strip() == f"[{built_in}, 'Tiny'] []"
+    assert done.stdout.strip() == f"{[*SEAMS, 'Tiny']} []"
 
 
 def test_a_broken_adapter_stops_nobody_else(adapters):
@@ -709,7 +740,7 @@ def test_a_broken_adapter_stops_nobody_else(adapters):
     code = "from mmts_plugins.hosts import registry; print(*(h.name for h in registry.hosts())); "
     done = python(code + "print(*registry.broken(), sep='\\n')", PYTHONPATH=path)
     names, *lines = done.stdout.splitlines()
-    assert names == "OpenCLIP AVION VAST VAST (vast_utils) GRAM Tiny"
+    assert names == f"{BUILT_IN} Tiny"
     assert len(lines) == len(FAULTS)
     for name, (_, reason) in FAULTS.items():
         (line,) = (line for line in lines if f"the adapter '{name}' (adapter_{name} of adapter-{name})" in line)
@@ -741,7 +772,7 @@ def test_an_adapter_that_fails_while_it_is_armed_is_left_out(adapters):
     code = f"import mmts_plugins; mmts_plugins.install(); {REGISTRY}; print(*registry.broken())"
     done = python(code + "; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path)
     assert "the adapter 'Tiny' (tiny-host) cannot be used: ZeroDivisionError" in done.stdout
-    assert done.stdout.splitlines()[-1] == "OpenCLIP AVION VAST VAST (vast_utils) GRAM"
+    assert done.stdout.splitlines()[-1] == BUILT_IN
 
 
 def test_damaged_metadata_of_others_is_passed_over(adapters, tmp_path):
@@ -756,20 +787,14 @@ def test_damaged_metadata_of_others_is_passed_over(adapters, tmp_path):
     done = python(
         "from mmts_plugins.hosts import registry; print(*(h.name for h in registry.hosts()))", PYTHONPATH=path
     )
-    assert done.stdout.strip() == "OpenCLIP AVION VAST VAST (vast_utils) GRAM Tiny"
+    assert done.stdout.strip() == f"{BUILT_IN} Tiny"
 
 
 def test_every_built_in_host_is_registered_by_entry_point():
     from mmts_plugins.hosts import registry
 
     hosts = {host.name: host for host in registry.hosts()}
-    assert {name: len(host.seams) for name, host in hosts.items()} == {
-        "OpenCLIP": 5,
-        "AVION": 11,
-        "VAST": 5,
-        "VAST (vast_utils)": 5,
-        "GRAM": 5,
-    }
+    assert {name: len(host.seams) for name, host in hosts.items()} == SEAMS
     assert hosts["OpenCLIP"].start_modules == ("open_clip_train.main",)
     assert set(hosts["AVION"].start_modules) == {
         *("main_lavila_finetune_mir.py", "main_lavila_pretrain.py"),
@@ -777,8 +802,9 @@ def test_every_built_in_host_is_registered_by_entry_point():
     }
     assert all(hosts[name].start_modules == ("run.py",) for name in ("VAST", "VAST (vast_utils)", "GRAM"))
     text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    registered = dict(re.findall(r'^(\w+) = "mmts_plugins\.patches\.(\w+)"$', text, flags=re.MULTILINE))
-    assert registered == {name: name for name in ("openclip", "avion", "vast")}
+    registered = dict(re.findall(r'^([\w-]+) = "mmts_plugins\.patches\.(\w+)"$', text, flags=re.MULTILINE))
+    names = ("openclip", "avion", "vast", "transformers", "sentence-transformers", "lightning")
+    assert registered == {name: name.replace("-", "_") for name in names}
     if INSTALLED:
         points = importlib.metadata.entry_points()
         group = points.select(group=registry.GROUP) if hasattr(points, "select") else points[registry.GROUP]
@@ -840,7 +866,7 @@ DOCTOR = f"from mmts_plugins import cli; {REGISTRY}; code = cli.main(['doctor'])
 
 def test_doctor_names_what_others_have_broken(adapters):
     path = adapters(lacks=FAULTS["lacks"][0], good=ADAPTER)
-    quick = f"{REGISTRY}; registry.hosts(); del registry._hosts[:5]; "
+    quick = f"{REGISTRY}; registry.hosts(); del registry._hosts[:len(registry._built_in)]; "
     done = python(quick + DOCTOR, PYTHONPATH=path)
     lines = done.stdout.splitlines()
     assert "  PROBLEM  the adapter 'lacks' (adapter_lacks of adapter-lacks) cannot be used: ModuleNotFoundError: " \
@@ -884,7 +910,7 @@ def test_doctor_in_a_checkout_that_is_not_installed(tmp_path):
         metadata.files = metadata.version = nothing
         from mmts_plugins import cli
         from mmts_plugins.hosts import registry
-        registry.hosts(); registry._hosts[:] = registry._hosts[1:2]
+        registry._hosts[:] = [host for host in registry.hosts() if host.name == 'AVION']
         print("code", cli.main(["doctor"]))
         """
     )

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmts_plugins import clusters, large
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.errors import ConfigError, TableError
-from mmts_plugins.plan import named_table
+from mmts_plugins.preview import named_table
 from mmts_plugins.record import check_resume, write_record
+from mmts_plugins.tables import ClusterTable, streamed
+from mmts_plugins.tables import parts as table_parts
 
 COLUMNS: dict[str, Any] = {
     "keys": ["a dog", "A cat", "zwei Vögel", ""],
@@ -73,8 +73,8 @@ def old_parts(folder: Path) -> Path:
 def opened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both ways of reading a table: whole, and as one that is too large for that."""
     if request.param == "streamed":
-        monkeypatch.setattr(large, "LARGE_FROM", 1)
-    return large.open_table
+        monkeypatch.setattr(streamed, "LARGE_FROM", 1)
+    return streamed.open_table
 
 
 def test_the_hash_is_the_one_that_is_documented():
@@ -420,18 +420,18 @@ def test_names_that_are_not_utf8_and_names_too_long(tmp_path, opened):
 
 
 def test_a_table_that_changes_while_it_is_read_in_a_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr(large, "LARGE_FROM", 1)
+    monkeypatch.setattr(streamed, "LARGE_FROM", 1)
     path = tmp_path / "t.parquet"
     made().save(path)
-    summary = large._summary
+    summary = streamed._summary
 
     def and_meanwhile(*args: Any) -> Any:
         made(frequency=[9.0, 8.0, 7.0, 6.0]).save(path)
         return summary(*args)
 
-    monkeypatch.setattr(large, "_summary", and_meanwhile)
+    monkeypatch.setattr(streamed, "_summary", and_meanwhile)
     with pytest.raises(TableError, match="changed while it was read"):
-        large.open_table(path)
+        streamed.open_table(path)
     assert not list((tmp_path / "cache" / "tables").glob("*.json"))
 
 
@@ -449,4 +449,4 @@ def test_the_layout_is_the_one_that_is_documented(tmp_path):
         "clusters": 3, "content_hash": HASH, "format": 2, "frequency_max": 5.0, "frequency_min": 1.0, "k": 3,
         "kind": "caption", "samples": 10,
     }  # fmt: skip
-    assert clusters._FORMAT == 2
+    assert table_parts.FORMAT == 2

@@ -17,7 +17,7 @@ from conftest import REPOSITORY, run_python
 from forked import run_forked
 from ranks import on_ranks
 
-from mmts_plugins.clusters import ClusterTable
+from mmts_plugins.tables import ClusterTable
 
 THIRD_PARTY = REPOSITORY / "examples" / "third_party"
 CAPTIONS = [f"{verb} the {noun}" for verb in ("cut", "fry", "mix") for noun in ("egg", "rice", "rice", "oil", "beans")]

@@ -19,9 +19,9 @@ from conftest import REPOSITORY, run_python
 from forked import free_port, one_rank, run_forked
 from resolving import resolve
 
-from mmts_plugins.clusters import CLASS, ClusterTable
 from mmts_plugins.errors import ConfigError
-from mmts_plugins.lookup import KeyLookup
+from mmts_plugins.tables import CLASS, ClusterTable
+from mmts_plugins.tables.index import KeyLookup
 
 STAND_IN = REPOSITORY / "tests" / "vast_stand_in"
 LAUNCH = ("-m", "torch.distributed.launch", "--standalone", "--nproc_per_node")

@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 
 from mmts_plugins._files import replacing
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.demo.report import comparison_table, plot_cluster_sizes, plot_temperatures, recall_rows
 from mmts_plugins.demo.train import TrainingRun, train
 from mmts_plugins.errors import MMTSError
 from mmts_plugins.evaluation.model import encode, load_model
 from mmts_plugins.evaluation.retrieval import image_text_recall
 from mmts_plugins.processes import run_logged, shown
+from mmts_plugins.tables import ClusterTable
 
 SMALL_MODEL = Path(__file__).resolve().parent / "small_resnet"
 

@@ -7,11 +7,11 @@ input gives the same content hash.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
-from ..clusters import ClusterTable
+from ..tables import ClusterTable
 
 
 def distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -21,10 +21,18 @@ def distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return list(place), codes
 
 
-def majority(groups: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, int]:
+def counted(codes: np.ndarray, weight: Optional[np.ndarray] = None) -> np.ndarray:
+    """How many samples have each code, int64; ``weight`` ``[n]`` whole numbers says how often each counts."""
+    if weight is None:
+        return np.bincount(codes)
+    return np.bincount(codes, weights=weight).astype(np.int64)
+
+
+def majority(groups: np.ndarray, values: np.ndarray, weight: Optional[np.ndarray] = None) -> tuple[np.ndarray, int]:
     """For each group ``0 .. G-1`` its most frequent value (ties: first seen), and how many groups hold several."""
     base = int(values.max()) + 1
-    pairs, first, times = np.unique(groups * base + values, return_index=True, return_counts=True)
+    pairs, first, place = np.unique(groups * base + values, return_index=True, return_inverse=True)
+    times = counted(place.reshape(-1), weight)
     owner = pairs // base
     order = np.lexsort((first, -times, owner))
     _, starts = np.unique(owner[order], return_index=True)
@@ -39,7 +47,9 @@ def by_size(cluster: np.ndarray, count: np.ndarray) -> np.ndarray:
     return rank[cluster]
 
 
-def labelled_table(captions: Sequence[str], labels: Sequence[str], info: dict[str, Any]) -> tuple[ClusterTable, int]:
+def labelled_table(
+    captions: Sequence[str], labels: Sequence[str], info: dict[str, Any], weight: Optional[np.ndarray] = None
+) -> tuple[ClusterTable, int]:
     """One key per caption; its cluster is its (most frequent) label, its frequency that label's number of samples.
 
     Returns:
@@ -47,9 +57,10 @@ def labelled_table(captions: Sequence[str], labels: Sequence[str], info: dict[st
     """
     keys, rows = distinct(captions)
     _, classes = distinct(labels)
-    chosen, several = majority(rows, classes)
-    count = np.bincount(rows)
-    return ClusterTable.build(keys, by_size(chosen, count), np.bincount(classes)[chosen], count, info=info), several
+    chosen, several = majority(rows, classes, weight)
+    count = counted(rows, weight)
+    sizes = counted(classes, weight)
+    return ClusterTable.build(keys, by_size(chosen, count), sizes[chosen], count, info=info), several
 
 
 def clustered_table(

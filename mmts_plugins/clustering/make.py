@@ -8,19 +8,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
-
 from .. import __version__, versions
-from ..clusters import ClusterTable
 from ..data import encoders
-from ..data.captions import read_samples
-from ..data.captions_parquet import failed_downloads
+from ..data.captions import how_read, left_out, read_samples
 from ..data.classes import class_table, read_class_counts
 from ..data.source import Source
 from ..errors import MMTSError
+from ..tables import ClusterTable
 from . import build, stability, stages
 from .estimate import Recipe, estimate, resolve
-from .prepare import Embedding, file_name, prepare, read, say, warn
+from .prepare import Embedding, file_name, prepare, read, say, tell, warn
 
 
 def from_counts(path: str) -> ClusterTable:
@@ -43,12 +40,12 @@ def from_labels(source: Source, columns: str) -> ClusterTable:
         MMTSError: they cannot be read.
     """
     samples = read_samples(source, columns.split(","), captions=source.column is not None)
-    warn(samples.notes)
-    info = _info("labels", source.data, column=samples.column, label_column=columns)
+    tell(source, samples)
+    info = _info("labels", source.data, column=samples.column, label_column=columns, read=samples.how)
     if source.column is None:
         ids, rows = build.distinct(samples.labels)
-        return class_table(ids, np.bincount(rows), info)
-    table, several = build.labelled_table(samples.captions, samples.labels, info)
+        return class_table(ids, build.counted(rows, samples.weight), info)
+    table, several = build.labelled_table(samples.captions, samples.labels, info, samples.weight)
     if several:
         warn([f"{source.data}: {several} captions occur under several labels; each takes its commonest"])
     return table
@@ -62,7 +59,7 @@ def from_captions(source: Source, how: Embedding, recipe: Recipe, keep_blank: bo
     """
     say(f"reading {source.data}")
     samples = read(source, how, keep_blank)
-    about: dict[str, Any] = {"source": file_name(source.data), "column": samples.column}
+    about: dict[str, Any] = {"source": file_name(source.data), "column": samples.column, "read": samples.how}
     data = prepare(how, recipe, samples, file_name(source.data))
     recipe = resolve(data.points, recipe)
     say(f"{recipe.describe()}, over {len(data.points):,} embeddings of {data.points.width} dimensions")
@@ -91,14 +88,15 @@ def on_ray(
     """
     from . import ray_engine
 
-    if source.resolved_format() not in ("webdataset", "parquet"):
+    if any(part.kind not in ("webdataset", "parquet") for part in source.parts):
         warn([f"{source.data}: only Parquet and WebDataset are read in parallel and in bounded memory"])
-    failed = failed_downloads(source)
+    failed = left_out(source)
     warn([failed] if failed else [])
     job = stages.Job(f"{output.rstrip('/')}.work", source, how.encoder, how.batch_size, how.device, how.cached,
                      keep_blank, recipe)  # fmt: skip
     info = _info("k-means", source.data, packages=("ray", "torch", *encoders.packages(how.encoder)),
-                 encoder=encoders.public_name(how.encoder), column=source.column, **recipe.record())  # fmt: skip
+                 encoder=encoders.public_name(how.encoder), column=source.column,
+                 read=how_read(source), **recipe.record())  # fmt: skip
     measured = ray_engine.build(job, output, info, workers)
     return f"stability: {measured['verdict']}\nWritten to {output}, a folder of Parquet parts."
 

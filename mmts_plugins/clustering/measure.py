@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from .. import losses
-from ..clusters import ClusterTable
 from ..data.source import Source
 from ..errors import TableError
 from ..presets import presets
+from ..tables import ClusterTable
 from . import stability
 from .estimate import Recipe, resolve
 from .prepare import Embedding, prepare, read

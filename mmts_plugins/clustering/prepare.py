@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
 
 from ..data import cache, encoders
-from ..data.captions import read_samples, refuse_blank
+from ..data.captions import read_samples, refuse_blank, told
 from ..data.embeddings import read_embedding_parts
 from ..data.images import ImageEncoder, stamped
 from ..data.rows import Rows
 from ..data.source import Samples, Source
 from ..errors import ConfigError, one_line
-from ..hashing import hash_strings
+from ..tables.hashing import hash_strings
 from . import build
 from .estimate import Recipe
 
@@ -82,8 +82,14 @@ def read(source: Source, how: Embedding, keep_blank: bool) -> Samples:
     """
     samples = read_samples(source, [how.images] if how.images else ())
     refuse_blank(samples.captions, source.data, keep_blank)
-    warn(samples.notes)
+    tell(source, samples)
     return samples
+
+
+def tell(source: Source, samples: Samples) -> None:
+    """Say what was read, and what is odd about it."""
+    say(told(source, samples))
+    warn(samples.notes)
 
 
 def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Prepared:
@@ -100,7 +106,8 @@ def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Pr
     """
     captions = samples.captions
     keys, rows = build.distinct(captions)
-    count = np.bincount(rows)
+    weight = samples.weight
+    count = build.counted(rows, weight)
     if recipe.clusters > len(keys):
         raise ConfigError(
             f"{len(keys)} distinct captions cannot make {recipe.clusters} clusters; lower -k (a tenth of the captions "
@@ -113,11 +120,14 @@ def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Pr
                 f"{how.embeddings}: {len(points)} rows for {len(captions)} captions of {source}; "
                 "--embeddings needs one row per caption, repeated ones too, in the order of the file"
             )
-        return Prepared(keys, count, points, rows, np.ones(len(points)), np.arange(len(points), dtype=np.uint64),
+        each = np.ones(len(points)) if weight is None else weight.astype(float)
+        return Prepared(keys, count, points, rows, each, np.arange(len(points), dtype=np.uint64),
                         f"embeddings {file_name(how.embeddings)}", ())  # fmt: skip
     if samples.labels:
-        return _prepare_images(how, keys, rows, count, samples.labels, source)
+        return _prepare_images(how, keys, rows, count, samples, source)
     say(f"embedding {len(keys):,} distinct captions with {how.encoder}")
+    if how.encoder in (encoders.TFIDF, encoders.HASHING) and (many := encoders.unspaced(keys)):
+        say(f"{many:,} captions in scripts without spaces are compared by their characters ({how.encoder})")
     if how.encoder == encoders.TFIDF:
         points = Rows(encoders.tfidf(keys, recipe.seed))
     else:
@@ -129,16 +139,16 @@ def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Pr
 
 
 def _prepare_images(
-    how: Embedding, keys: list[str], rows: np.ndarray, count: np.ndarray, images: Sequence[str], source: str
+    how: Embedding, keys: list[str], rows: np.ndarray, count: np.ndarray, samples: Samples, source: str
 ) -> Prepared:
     encoder = ImageEncoder(how.encoder, how.frames, min(how.batch_size, 64), how.device)
-    paths, point = build.distinct(images)
+    paths, point = build.distinct(samples.labels)
     stamps = stamped(paths, how.image_root, source)
     say(f"embedding {len(paths):,} distinct images with {how.encoder}")
     identity = encoder.identity() if how.cached else None
     points = cache.embed(encoder.encode, identity, stamps, f"--encoder {how.encoder}")
     packages = ("timm", "torch") if how.encoder.startswith("timm:") else ("open_clip_torch", "torch")
-    return Prepared(keys, count, points, rows, np.bincount(point).astype(float), hash_strings(paths),
+    return Prepared(keys, count, points, rows, build.counted(point, samples.weight).astype(float), hash_strings(paths),
                     f"images {encoders.public_name(how.encoder)}", packages, point)  # fmt: skip
 
 

@@ -12,14 +12,14 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
 from .._files import replacing
-from ..data.captions import units
+from ..data.captions import unit_weights, units
 from ..data.rows import Rows
 from ..errors import MMTSError
 from . import kmeans, stability
@@ -45,7 +45,8 @@ def build(job: Job, output: str, info: dict[str, Any], workers: Optional[int] = 
     files = units(job.source)
     job.claim(files)
     with _Pool(job, workers) as pool:
-        pool.run("count", [{"unit": unit} for unit in files])
+        weights = unit_weights(job.source)
+        pool.run("count", [{"unit": unit, "weight": weights[_file_of(unit, weights)]} for unit in files])
         ranges = plan_merge(job, len(files))
         pool.run("merge", [{"buckets": part, "units": len(files)} for part in ranges])
         parts = len(ranges)
@@ -60,6 +61,10 @@ def build(job: Job, output: str, info: dict[str, Any], workers: Optional[int] = 
     os.replace(unfinished, output)
     shutil.rmtree(job.folder)
     return measured
+
+
+def _file_of(unit: str, files: Mapping[str, int]) -> str:
+    return unit if unit in files else unit.rpartition("#")[0]
 
 
 class _Pool:

@@ -15,8 +15,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ..clusters import cluster_shift
 from ..data.rows import Rows
+from ..tables import cluster_shift
 from .estimate import Estimate, Recipe, estimate
 
 STEADY, USABLE = 0.9, 0.7

@@ -28,14 +28,14 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from .._files import replacing
-from ..clusters import ClusterTable
 from ..data import cache
 from ..data.captions import caption_batches
 from ..data.encoders import TextEncoder
 from ..data.rows import Rows
 from ..data.source import Source
 from ..errors import ConfigError, MMTSError, reading
-from ..hashing import hash_strings
+from ..tables import ClusterTable
+from ..tables.hashing import hash_strings
 from . import kmeans
 from .estimate import Recipe
 from .sampling import priorities
@@ -113,7 +113,7 @@ class Worker:
         """One part of one stage, unless it is there already."""
         getattr(self, stage)(part, **arguments)
 
-    def count(self, part: int, unit: str) -> None:
+    def count(self, part: int, unit: str, weight: int = 1) -> None:
         target = self.job.path("count", part, ".arrow")
         if target.exists():
             return
@@ -122,7 +122,7 @@ class Worker:
             if not self.job.keep_blank:
                 _refuse_blank(captions, unit)
             one = pa.table({"key": pa.array(captions, pa.large_string())})
-            one = one.append_column("count", pa.array(np.ones(len(one), np.int64)))
+            one = one.append_column("count", pa.array(np.full(len(one), weight, np.int64)))
             counts = _merged(pa.concat_tables([counts, one]))
         hashes = hash_strings(counts["key"].to_pylist())
         order = np.argsort(hashes, kind="stable")

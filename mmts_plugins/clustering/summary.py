@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 
-from ..clusters import CAPTION, ClusterTable
+from ..tables import CAPTION, ClusterTable
 
 _SHOWN = 5
 _EXAMPLES = 3

@@ -17,5 +17,8 @@ COMMANDS = {
     "report": "one page about cluster tables, or about training runs",
     "demo": "train a small OpenCLIP model plain and with MM-TS, and compare them (2-3 minutes on two CPU cores)",
     "eval": "retrieval and zero-shot numbers with intervals, for head, middle and tail",
+    "analyze": "what a temperature does to a model: equilibrium, similarities, loss landscape, linear probe",
+    "export": "a trained model as TorchScript, for code that has neither OpenCLIP nor this plugin",
+    "pilot": "small heads on frozen features, over seeds: what a schedule may do on your data, in ten minutes",
     "compare": "train plain, TS, ICS and TS&ICS over seeds with your command, and tabulate",
 }

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..data.forms import FORMATS
 from ..errors import ConfigError
 from ._numbers import positive, seed, whole
 from ._refuse import refuse_given
@@ -36,7 +37,7 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "threads": 2,
 }
-INPUT = ("data", "train_data", "column", "label_column", "keep_blank")
+INPUT = ("data", "train_data", "column", "split", "weights", "skip_damaged", "label_column", "keep_blank")
 ENCODING = ("encoder", "batch_size", "no_cache", "images", "image_root", "frames")
 _DENSITY = ("radius", "neighbours", "references")
 RECIPE = ("estimator", "clusters", "runs", "seed", "threads", "algorithm", "fit_rows", *_DENSITY)
@@ -47,17 +48,23 @@ _runs, _threads = whole(1, 10_000), whole(1, 1024)  # of each there is something
 def add_input(parser: argparse.ArgumentParser) -> None:
     """The flags that say where the captions are."""
     add = parser.add_argument_group("input").add_argument
-    add("data", nargs="?", metavar="DATA",
-        help="file with the captions of the training set; for Parquet also a folder or a quoted glob pattern, for "
-        "WebDataset a path, a quoted brace pattern or several joined with '::' (OpenCLIP's --train-data)")  # fmt: skip
-    add("--train-data", metavar="DATA", help="the same, under OpenCLIP's name")
-    add("--format", "--dataset-type", default="auto", choices=("auto", "csv", "text", "json", "parquet", "webdataset"),
-        help="default: by the extension (.csv .tsv .txt .json .jsonl .parquet .tar)")  # fmt: skip
+    add("data", nargs="*", metavar="DATA",
+        help="captions of the training set: files, folders, quoted glob or brace patterns, or URLs (s3:// "
+        "hf://datasets/...); several, or joined with '::'; also compressed")  # fmt: skip
+    add("--train-data", metavar="DATA", help="the same, under the name that a trainer has for it")
+    add("--format", "--dataset-type", default="auto", choices=FORMATS, metavar="FORMAT",
+        help=f"default: by what the files hold; one of {', '.join(FORMATS[1:])}; see docs/data.md")  # fmt: skip
     add("--column", "--csv-caption-key", metavar="NAME",
-        help="column of the captions; default: title (CSV), desc or caption (JSON), "
-        "title, caption, text or desc (Parquet); of WebDataset the suffix of the captions; default: txt")  # fmt: skip
+        help="column of the captions; default: a usual name (title, caption, text, desc ...); of JSON also a path, "
+        "such as 'annotations[].caption'; of WebDataset the suffix (default: txt), or json.FIELD")  # fmt: skip
+    add("--split", metavar="NAME[,NAME]",
+        help="of a form with splits (Karpathy, MSR-VTT, YouCook2), or all; default: what is trained on")  # fmt: skip
+    add("--weights", "--train-data-upsampling-factors", metavar="W::W",
+        help="of several DATA, how often a sample of each counts, joined with '::'")  # fmt: skip
+    add("--skip-damaged", action="store_true", default=None,
+        help="leave out lines of JSON and the rest of tars that cannot be read, and count them")  # fmt: skip
     add("--separator", "--csv-separator", default="\t", metavar="CHAR",
-        help="of a CSV, handed to pandas as OpenCLIP does; default: tab, also for .csv; of several characters (also "
+        help="of a CSV, handed to pandas as in training; default: tab, also for .csv; of several characters (also "
         "'\\t' as two) it is a regular expression, and quotes stay in the captions")  # fmt: skip
     add("--no-header", action="store_true", help="the CSV has no header: --column 0 is its first column")
     add("--keep-blank", action="store_true", default=None,
@@ -118,7 +125,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.class_counts:
         refuse((*INPUT, "embeddings", "tensor", "device", *ENCODING, *RECIPE), "with --class-counts")
         return
-    if args.data is not None:
+    if args.data:
         refuse(("train_data",), "beside DATA")
     elif args.train_data is None:
         raise ConfigError("no captions given: mmts cluster DATA -o FILE (or --class-counts); see mmts cluster --help")
@@ -153,9 +160,18 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def source_of(args: argparse.Namespace) -> Source:
     """What the input flags name."""
-    from ..data.source import Source
+    from ..data.source import Source, weights_of
 
-    return Source(args.train_data or args.data, args.format, args.column, args.separator, not args.no_header)
+    return Source(
+        args.train_data or "::".join(args.data),
+        args.format,
+        args.column,
+        args.separator,
+        not args.no_header,
+        split=args.split,
+        weights=() if args.weights is None else weights_of(args.weights),
+        skip_damaged=bool(args.skip_damaged),
+    )
 
 
 def embedding_of(args: argparse.Namespace) -> Embedding:

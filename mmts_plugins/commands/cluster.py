@@ -21,20 +21,26 @@ embeddings, the table is made from those instead. Embeddings are kept in $MMTS_C
 
 _EXAMPLES = """\
 examples:
-  an OpenCLIP CSV (tab, columns filepath and title) and an OpenCLIP tar set; quote the braces:
+  a CSV (tab, columns filepath and title) and the tars of a WebDataset; quote the braces:
     mmts cluster train.tsv -o clusters.parquet
     mmts cluster 'cc3m/{00000..00331}.tar' -o clusters.parquet
 
   comma-separated, another caption column; one K-Means run, as in the paper, instead of the mean over several:
     mmts cluster train.csv --separator , --column caption --runs 1 -o clusters.parquet
 
-  CC3M as published (a TSV without a header: caption, URL), with the paper's encoder for it:
-    mmts cluster Train_GCC-training.tsv --no-header --column 0 --encoder hf:distilbert-base-uncased -o clusters.parquet
+  CC3M as published (a TSV without a header), with the paper's encoder for it:
+    mmts cluster Train_GCC-training.tsv --encoder hf:distilbert-base-uncased -o clusters.parquet
 
-  VAST annotations (field desc or caption), on a machine without a network or a model:
+  COCO, Karpathy's splits, anything on the Hugging Face hub, any place of a JSON file; see docs/data.md:
+    mmts cluster captions_train2017.json -o clusters.parquet
+    mmts cluster dataset_flickr30k.json --split train -o clusters.parquet
+    mmts cluster hf://datasets/OWNER/NAME/data --column text -o clusters.parquet
+    mmts cluster annotations.json --column 'items[].captions[]' -o clusters.parquet
+
+  annotations (field desc or caption), on a machine without a network or a model:
     mmts cluster descs_cap_train.json --encoder tfidf -o clusters.parquet
 
-  an OpenCLIP text tower; embeddings you have, one row per caption of the file (a .npy file, or a folder of them):
+  a CLIP text tower; embeddings you have, one row per caption of the file (a .npy file, or a folder of them):
     mmts cluster train.tsv --encoder openclip:ViT-B-32/laion2b_s34b_b79k -o clusters.parquet
     mmts cluster captions.txt --embeddings captions.npy -o clusters.parquet
 

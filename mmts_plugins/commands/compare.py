@@ -8,19 +8,22 @@ from typing import Any
 from ..errors import ConfigError
 
 _DESCRIPTION = """\
-Train the same thing plain, with the temperature schedule (TS), with individual cluster shifts (ICS) and with both,
-over several seeds; evaluate each run; write the paper's Table 4 for your data: mean and deviation over seeds, and the
-differences to the first variant seed by seed, in Markdown, JSON and CSV. Trains nothing itself: your own commands are
+Train the same thing plain, with the temperature schedule (TS), with individual cluster shifts (ICS), with both, and
+with two controls (constant: all samples at the mean that the table gives; shuffled: its shifts on the wrong captions),
+over several seeds; evaluate each run; write the paper's Table 4 for your data: mean and deviation over seeds, and
+differences seed by seed with 95% intervals, in Markdown, JSON and CSV. Trains nothing itself: your own commands are
 run one after another, or under your scheduler. Call it again to go on where it stopped.
 """
 
 _EXAMPLES = """\
 a plan, compare.yaml (paths are relative to it):
   command: >-
-    python -m open_clip_train.main --train-data train.tsv --model ViT-B-32 --batch-size 256 --epochs 30
-    --save-most-recent --seed {seed} --logs {output}/runs --name {run}
-  clusters: clusters.parquet            # gives the four variants; or: variants: {plain: "", mine: --loss mmts ...}
+    python train.py --train-data train.tsv --model ViT-B-32 --batch-size 256 --epochs 30 --seed {seed}
+    --logs {output}/runs --name {run}
+  clusters: clusters.parquet            # gives the six variants; or: variants: {plain: "", mine: --loss mmts ...}
   mmts: --mmts-preset clip-cc3m         # more flags for all but plain
+  controls: true                        # false: without the two controls, the paper's four variants alone
+  contrasts: {TS&ICS: [plain, constant]}                   # differences to show; default: all to plain, and more
   seeds: [0, 1, 2]
   done: "{output}/runs/{run}/checkpoints/epoch_30.pt"      # what a finished run leaves
   resume: --resume latest                                  # what the host is told when a run died
@@ -39,7 +42,7 @@ examples:
   the same without a file, the command behind --:
     mmts compare -o comparison --table clusters.parquet --seeds 0,1,2 --resume "--resume latest" \\
         --done "{output}/runs/{run}/checkpoints/epoch_30.pt" --eval "mmts eval test.tsv ... -o {result}" \\
-        -- python -m open_clip_train.main ... --seed {seed} --logs {output}/runs --name {run}
+        -- python train.py ... --seed {seed} --logs {output}/runs --name {run}
 """
 
 
@@ -65,7 +68,7 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the commands and write nothing")
     add = parser.add_argument_group("instead of a plan, or over it").add_argument
     add("--seeds", metavar="S,S", help="such as 0,1,2; default: 0")
-    add("--table", metavar="FILE", help="cluster table: gives plain, TS, ICS and TS&ICS")
+    add("--table", metavar="FILE", help="cluster table: gives plain, constant, TS, ICS, shuffled and TS&ICS")
     add("--clusters", dest="table", help=argparse.SUPPRESS)  # its former name
     add("--mmts", metavar="FLAGS", help="more of our flags for all but plain")
     add("--done", metavar="PATH", help="the file that a finished run leaves")

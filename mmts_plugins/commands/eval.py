@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .._files import check_writable
+from ..data.forms import FORMATS
 from ..errors import ConfigError, MMTSError
 from ._numbers import at_least
 from ._refuse import refuse_given
@@ -52,7 +53,7 @@ examples:
     mmts eval test.tsv --image-features images.npy --text-features texts.npy -o mmts_eval.json
     mmts eval --image-features images.npy --text-features texts.npy --text-image owner.txt -o mmts_eval.json
 
-  EPIC-KITCHENS-100 multi-instance retrieval from features, by noun frequency; or with any relevancy matrix:
+  EPIC-KITCHENS-100 multi-instance retrieval from features, by the frequency of a class; or with any relevancy matrix:
     mmts eval --ek100 EPIC_100_retrieval_test.csv --ek100-sentences EPIC_100_retrieval_test_sentence.csv \\
         --image-features clips.npy --text-features captions.npy --table nouns.parquet
     mmts eval --image-features images.npy --text-features texts.npy --relevancy relevancy.npy
@@ -72,16 +73,16 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
-    add("data", nargs="?", metavar="DATA", help="images and captions: CSV/TSV, Parquet, JSON records, a Karpathy file, "
-        "or a WebDataset (path, quoted brace pattern)")  # fmt: skip
-    add("--format", default="auto", choices=("auto", "csv", "json", "parquet", "karpathy", "webdataset"),
-        help="default: by the extension; JSON is looked into")  # fmt: skip
-    add("--image-column", "--csv-img-key", default="filepath", metavar="NAME", help="default: filepath")
+    add("data", nargs="?", metavar="DATA", help="images and captions, as mmts cluster reads them (docs/data.md): "
+        "CSV/TSV, Parquet, JSON records, COCO or Karpathy files, tars of a WebDataset ...")  # fmt: skip
+    add("--format", default="auto", choices=FORMATS, metavar="FORMAT",
+        help=f"default: by what the file holds; one of {', '.join(FORMATS[1:])}")  # fmt: skip
+    add("--image-column", "--csv-img-key", metavar="NAME", help="default: filepath, image or another usual name")
     add("--column", "--csv-caption-key", metavar="NAME",
         help="of the captions; default: title (CSV), desc or caption (JSON), title, caption, text or desc "
         "(Parquet)")  # fmt: skip
     add("--separator", "--csv-separator", default="\t", metavar="CHAR",
-        help="of a CSV, given to pandas as OpenCLIP does: of several characters it is a regular expression; default: "
+        help="of a CSV, given to pandas as in training: of several characters it is a regular expression; default: "
         "tab")  # fmt: skip
     add("--image-root", metavar="DIR", help="where relative image paths start; default: the current folder")
     add("--match-column", metavar="NAME",
@@ -99,7 +100,8 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help="OpenCLIP's --model: a name, or local-dir:FOLDER")
+    add("--model", metavar="NAME", help="OpenCLIP's --model: a name, or local-dir:FOLDER (with its weights, or with "
+        "--checkpoint); default: what params.txt beside the checkpoint says")  # fmt: skip
     add("--checkpoint", metavar="FILE", help="epoch_K.pt of OpenCLIP's trainer")
     add("--pretrained", metavar="TAG", help="OpenCLIP's --pretrained, if the run had one; without --checkpoint these "
         "weights are evaluated")  # fmt: skip
@@ -130,6 +132,10 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
         metavar="FILE",
         help="prompts, one per line, {} or {c} stands for the class; default: a photo of a {}.",
     )
+    add("--average", default="features", choices=("features", "distances"),
+        help="over templates: of features, as OpenCLIP does (default), or of distances, as Sun & Li do")  # fmt: skip
+    add("--sub-spheres", type=_positive, metavar="K",
+        help="of a model with a product sphere: use K of them, drawn with --seed (Sun & Li, App. H)")  # fmt: skip
     add("--no-retrieval", action="store_true", help="zero-shot classification only; DATA needs no captions")
     add(
         "--resamples", type=_draws, default=1000, metavar="B", help="bootstrap draws; default: 1000, 0 for no intervals"
@@ -172,14 +178,19 @@ def _check_flags(args: argparse.Namespace) -> None:
 
     saved = args.image_features is not None
     if saved:
-        refuse("model checkpoint pretrained", "with --image-features")
+        refuse("model checkpoint pretrained sub_spheres", "with --image-features")
         if args.text_features is None and not args.no_retrieval:
             raise ConfigError("--image-features needs --text-features too (or --no-retrieval with --class-features)")
         if args.classes and not args.class_features:
             raise ConfigError("--classes with saved features needs --class-features, a row per class")
     else:
         refuse("text_features class_features text_image", "without --image-features")
-        if args.model is None or (args.checkpoint is None and args.pretrained is None):
+        if args.model is None and args.checkpoint is not None:
+            from ..evaluation.model import find_model
+
+            args.model = find_model(args.checkpoint)[0]
+        local = args.model is not None and args.model.startswith("local-dir:")
+        if args.model is None or (args.checkpoint is None and args.pretrained is None and not local):
             raise ConfigError(
                 "nothing to evaluate: give --model and --checkpoint (or --pretrained), or --image-features and "
                 "--text-features; see mmts eval --help"

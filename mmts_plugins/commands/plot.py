@@ -26,7 +26,7 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
         description="Draws the base, head, middle and tail temperature over the run, one row for each preset or "
         "config, with the values that break a guard marked; and how much a negative weighs at the schedule's extremes "
         "(Fig. 1 of the paper). Values that a run would refuse are drawn all the same.",
-        epilog="For example: mmts plot schedule --preset clip-cc3m vast-clip --table clusters.parquet -o schedule.png",
+        epilog="For example: mmts plot schedule --preset clip-cc3m --table clusters.parquet -o schedule.png",
     )
     add = parser.add_argument
     add("--preset", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(presets())}; default: clip-cc3m")
@@ -49,7 +49,7 @@ def run_schedule(args: argparse.Namespace) -> int:
 
     check_matplotlib()
     changes = {name: value for name in _CHANGES if (value := getattr(args, name)) is not None}
-    plans = schedule.plans(
+    previews = schedule.previews(
         args.preset or ([] if args.config else ["clip-cc3m"]),
         args.config,
         args.table,
@@ -58,9 +58,9 @@ def run_schedule(args: argparse.Namespace) -> int:
         _DEFAULT_STEPS,
     )
     with own_style():
-        schedule.plot(plans, _picture(args.output))
-    for plan in plans:
-        print(schedule.say(plan))
+        schedule.plot(previews, _picture(args.output))
+    for preview in previews:
+        print(schedule.say(preview))
     print(f"Written to {args.output}")
     return 0
 

@@ -13,7 +13,7 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
         help=help,
         usage="mmts run -m MODULE [host flags] | mmts run SCRIPT [host flags]",
         description="Start a trainer with MM-TS armed, for environments where .pth files are not read. Under torchrun: "
-        "torchrun --nproc_per_node 8 -m -- mmts_plugins run -m open_clip_train.main --loss mmts ...",
+        "torchrun --nproc_per_node 8 -m -- mmts_plugins run -m package.trainer --loss mmts ...",
     )
     parser.set_defaults(run=lambda _: parser.print_help())
     return parser

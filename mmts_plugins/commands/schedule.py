@@ -20,7 +20,7 @@ def add_parser(commands: Any, help: str = "") -> argparse.ArgumentParser:
         description="Resolves --loss (default: mmts) and --mmts-* flags as the host's run would, checks the files they "
         "name, and prints the configuration and the temperatures at the extremes of the schedule. Needs no host and no "
         "GPU. Exit status 2, with the run's own error, if it would not start.",
-        epilog="For example: mmts schedule --host openclip --total-steps 6000 --mmts-clusters clusters.parquet",
+        epilog="For example: mmts schedule --host HOST --total-steps 6000 --mmts-clusters clusters.parquet",
     )
     names = ", ".join(adapter.name for adapter in adapters())
     parser.add_argument("--host", required=True, metavar="HOST", help=f"whose run: {names}")
@@ -47,14 +47,14 @@ def _with_their_hosts() -> list[Option]:
 
 def run(args: argparse.Namespace) -> int:
     """Resolve, and print what the run would do."""
-    from ..plan import Plan, adapter_of, describe
+    from ..preview import Preview, adapter_of, describe
 
     flags = dict(args.flags)
     if "mmts_config" not in flags:
         flags.setdefault("loss", "mmts")
     adapter = adapter_of(args.host)
-    config, table, _ = adapter.preview(flags, args.train_metadata, not args.no_table)
-    print(describe(Plan(config.values, args.total_steps, table), adapter))
-    for warning in config.warnings():
+    resolved = adapter.preview(flags, args.train_metadata, not args.no_table)
+    print(describe(Preview(resolved.config.values, args.total_steps, resolved.described), adapter))
+    for warning in resolved.config.warnings():
         print(f"\nwarning: {warning}")
     return 0

@@ -14,14 +14,16 @@ from typing import Any, Optional
 import yaml
 
 from ..errors import ConfigError, reading, shown
-from ..fields import MAPPING, TEXT, TEXTS, WHOLE, WHOLES, Field, check_mapping
+from ..fields import MAPPING, SWITCH, TEXT, TEXTS, WHOLE, WHOLES, Field, check_mapping
 
-PLAIN, TS, ICS, BOTH = "plain", "TS", "ICS", "TS&ICS"
+PLAIN, CONSTANT, TS, ICS, SHUFFLED, BOTH = "plain", "constant", "TS", "ICS", "shuffled", "TS&ICS"
+"""The paper's four, and two controls: a schedule and shifts also change the mean temperature and its spread."""
 _PLACEHOLDER = re.compile(r"\{(seed|variant|run|output|flags|done|result|python)\}")
 LONGEST = 100_000  # characters of a plan file, and so of any command; parsing YAML is slow
 _MOST_RUNS = 10_000
 _SEED = Field(WHOLE, least=0, most=2**32 - 1)  # NumPy's, which hosts seed too
 _NAME = Field(TEXT, longest=100)  # a variant's: it becomes files
+_OTHERS = Field(TEXTS)
 _FLAGS = Field(TEXT, null=True, empty=True, longest=LONGEST)
 _FIELDS = {
     "command": Field(TEXT, longest=LONGEST),
@@ -32,6 +34,8 @@ _FIELDS = {
     "variants": Field(MAPPING, null=True),
     "clusters": Field(TEXT, null=True),
     "mmts": _FLAGS,
+    "controls": Field(SWITCH),
+    "contrasts": Field(MAPPING, null=True),
     "metrics": Field(TEXTS, null=True, empty=True),
     "folder": Field(TEXT),
 }
@@ -68,7 +72,8 @@ class Plan:
 
     Attributes:
         runs: all of them, seed by seed, so that an interrupted comparison has whole seeds.
-        variants, seeds: in the order of the table; the first variant is what the others are compared with.
+        variants, seeds: in the order of the table.
+        contrasts: pairs of variants whose difference is shown, the second taken off the first.
         metrics: names to show; empty for the usual ones.
         folder: where the commands run.
         output: where state, logs, evaluations and tables are written.
@@ -77,6 +82,7 @@ class Plan:
     runs: list[Run]
     variants: list[str]
     seeds: list[int]
+    contrasts: list[tuple[str, str]]
     metrics: list[str]
     folder: Path
     output: Path
@@ -146,25 +152,49 @@ def make(content: dict[str, Any], output: str) -> Plan:
     runs = [
         _run(content, variant, flags, seed, folder, target) for seed in seeds for variant, flags in variants.items()
     ]
-    return Plan(runs, list(variants), seeds, content.get("metrics") or [], folder, target)
+    contrasts = _contrasts(content, list(variants))
+    return Plan(runs, list(variants), seeds, contrasts, content.get("metrics") or [], folder, target)
+
+
+def _contrasts(content: dict[str, Any], variants: list[str]) -> list[tuple[str, str]]:
+    """Those of the plan; else all with the first variant, and of the usual variants both halves with the controls."""
+    given = content.get("contrasts")
+    if given is None:
+        found = [(variant, variants[0]) for variant in variants[1:]]
+        return [*found, *((BOTH, control) for control in (CONSTANT, SHUFFLED) if _with_controls(content))]
+    pairs = [(one, other) for one, others in given.items() for other in _OTHERS.check(f"contrasts: {one}", others)]
+    for one, other in pairs:
+        if one == other or not {one, other} <= {*variants}:
+            raise ConfigError(
+                f"contrasts: {shown(one)}: [{shown(other)}]: two variants, the second taken off the first; they are "
+                f"{', '.join(variants)}"
+            )
+    return pairs
+
+
+def _with_controls(content: dict[str, Any]) -> bool:
+    return content.get("variants") is None and content.get("controls", True)
 
 
 def _variants(content: dict[str, Any]) -> dict[str, str]:
-    """``{name: flags}``; the paper's four where only a cluster table is given."""
+    """``{name: flags}``; the paper's four and the controls where only a cluster table is given."""
     given, table = content.get("variants"), content.get("clusters")
     if given is None:
         if not table:
-            raise ConfigError("give clusters: FILE for the paper's four variants, or variants: with flags of your own")
+            raise ConfigError("give clusters: FILE for the usual variants, or variants: with flags of your own")
         own = f"--loss mmts {content.get('mmts') or ''}".strip()
         with_table = f"{own} --mmts-clusters {shlex.quote(table)}"
-        return {
+        usual = {
             PLAIN: "",
+            CONSTANT: f"{with_table} --mmts-no-schedule --mmts-no-shifts --mmts-mean-matched",
             TS: f"{own} --mmts-no-shifts",
             ICS: f"{with_table} --mmts-no-schedule",
+            SHUFFLED: f"{with_table} --mmts-shuffle-shifts {{seed}}",
             BOTH: with_table,
         }
-    if table or content.get("mmts"):
-        raise ConfigError("variants: says all flags itself; drop clusters: and mmts:")
+        return {name: usual[name] for name in usual if name not in (CONSTANT, SHUFFLED) or _with_controls(content)}
+    if table or content.get("mmts") or content.get("controls"):
+        raise ConfigError("variants: says all flags itself; drop clusters:, mmts: and controls:")
     if not given:
         raise ConfigError("variants: is empty: expected names with flags, such as plain: ''")
     for name, flags in given.items():

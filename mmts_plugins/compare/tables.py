@@ -7,20 +7,22 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from .._files import replacing
 from ..errors import MMTSError, one_line, reading, shown
+from ..evaluation.seeds import LEVEL, Difference, difference
 from ..fields import NUMBER, TEXT, Field
 from ..markdown import padded
 from .plan import Plan
 
-GROUPS = ("all", "head", "mid", "tail")
+GROUPS = ("all", "head", "middle", "tail")
 NAME = "compare"
 FINISHED = "finished"  # trained and evaluated
 _NAME, _NUMBER = Field(TEXT, longest=200), Field(NUMBER)
+_BOUNDS = ("mean", "low", "high")
 _SHOWN = ("_R@1", "_R@5", "_R@10", "_mAP", "_nDCG", "_top1", "_top5", "_class_mean")
 
 Values = dict[str, dict[str, dict[str, dict[int, float]]]]
@@ -58,6 +60,15 @@ def metrics(path: Path) -> dict[str, dict[str, float]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise MMTSError(f"{path}: {what}: {shown(content)}")
+    return metrics_of(content, str(path))
+
+
+def metrics_of(content: dict[str, Any], path: str) -> dict[str, dict[str, float]]:
+    """``[metric][group]`` of what an evaluation holds; ``path`` names it in messages.
+
+    Raises:
+        MMTSError: a metric is not of the form ``number or {"value": number, "head": ...}``.
+    """
     found: dict[str, dict[str, float]] = {}
     for name, entry in content["metrics"].items():
         _NAME.check(f"{path}: the name of a metric", name, MMTSError)
@@ -74,9 +85,9 @@ def metrics(path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def summary(values: Values, baseline: str) -> dict[str, Any]:
+def summary(values: Values, contrasts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """``[variant][metric][group]``: ``mean``, ``sd`` over seeds (n - 1; None for one seed), ``values`` by seed, and the
-    same of the ``difference`` to the baseline, seed by seed, over the seeds that both have."""
+    ``differences`` to other variants, seed by seed over the seeds that both have, as :class:`.seeds.Difference`."""
     result: dict[str, Any] = {}
     for variant, metrics in values.items():
         result[variant] = {}
@@ -84,10 +95,12 @@ def summary(values: Values, baseline: str) -> dict[str, Any]:
             result[variant][name] = {}
             for group, by_seed in groups.items():
                 entry = _moments(by_seed)
-                base = values[baseline].get(name, {}).get(group, {})
-                paired = {seed: value - base[seed] for seed, value in by_seed.items() if seed in base}
-                if variant != baseline and paired:
-                    entry["difference"] = _moments(paired)
+                for other in (other for one, other in contrasts if one == variant):
+                    base = values[other].get(name, {}).get(group, {})
+                    paired = {str(seed): value - base[seed] for seed, value in by_seed.items() if seed in base}
+                    if paired:
+                        found = difference(list(paired.values()))._asdict()
+                        entry.setdefault("differences", {})[other] = {**found, "values": paired}
                 result[variant][name][group] = entry
     return result
 
@@ -101,11 +114,18 @@ def _moments(by_seed: dict[int, float]) -> dict[str, Any]:
     }
 
 
+_LEGEND = f"""\
+Means ± standard deviations over seeds. Differences seed by seed, with the {LEVEL:.0%} interval of Student's t;
+"none seen" where it holds zero. Of twenty such intervals of nothing, one leaves zero out by chance.
+"""
+
+
 def markdown(plan: Plan, found: dict[str, Any], table_metrics: Optional[list[str]] = None) -> str:
-    """Tables of means and deviations in per cent (ranks as they are), and of the differences to the first variant."""
+    """Tables of means and deviations in per cent (ranks as they are), and of the differences that the plan asks for."""
     metrics = table_metrics or _usual(found)
     groups = [g for g in GROUPS if any(g in groups for of in found.values() for groups in of.values())]
     lines: list[str] = []
+    several = False
     for group in groups:
         if len(groups) > 1:
             lines += [*([""] if lines else []), f"**{group}**", ""]
@@ -113,13 +133,16 @@ def markdown(plan: Plan, found: dict[str, Any], table_metrics: Optional[list[str
         for variant, of_metric in found.items():
             entries = [of_metric.get(name, {}).get(group) for name in metrics]
             rows.append([variant, _seeds(entries), *(_cell(e, n) for e, n in zip(entries, metrics))])
-        for variant in plan.variants[1:]:
-            entries = [found[variant].get(name, {}).get(group, {}).get("difference") for name in metrics]
+        for variant, other in plan.contrasts:
+            entries = [
+                found[variant].get(name, {}).get(group, {}).get("differences", {}).get(other) for name in metrics
+            ]
             if any(entries):
-                cells = (_cell(entry, name, sign="+") for entry, name in zip(entries, metrics))
-                rows.append([f"{variant} − {plan.variants[0]}", _seeds(entries), *cells])
+                several |= any(entry["low"] is not None for entry in entries if entry)
+                cells = (_difference(entry, name) for entry, name in zip(entries, metrics))
+                rows.append([f"{variant} − {other}", _seeds(entries), *cells])
         lines += padded(rows)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (f"\n{_LEGEND}" if several else "")
 
 
 def _seeds(entries: list[Optional[dict[str, Any]]]) -> str:
@@ -131,25 +154,38 @@ def _usual(found: dict[str, Any]) -> list[str]:
     return [name for name in names if name.endswith(_SHOWN)] or names
 
 
-def _cell(entry: Optional[dict[str, Any]], name: str, sign: str = "") -> str:
+def _cell(entry: Optional[dict[str, Any]], name: str) -> str:
     if not entry:
         return "–"
-    scale = 1 if "rank" in name else 100
-    text = f"{round(scale * entry['mean'], 1) + 0:{sign}.1f}"  # + 0: no -0.0
-    return text if entry["sd"] is None else f"{text} ± {scale * entry['sd']:.1f}"
+    text = _number(entry["mean"], name)
+    return text if entry["sd"] is None else f"{text} ± {_number(entry['sd'], name)}"
+
+
+def _difference(entry: Optional[dict[str, Any]], name: str) -> str:
+    if not entry:
+        return "–"
+    mean, low, high = (None if entry[each] is None else _number(entry[each], name, "+") for each in _BOUNDS)
+    if low is None:
+        return f"{mean}"
+    seen = Difference(**{each: entry[each] for each in Difference._fields}).seen
+    return f"{mean} [{low}, {high}]" + ("" if seen else " none seen")
+
+
+def _number(value: float, name: str, sign: str = "") -> str:
+    return f"{round((1 if 'rank' in name else 100) * value, 1) + 0:{sign}.1f}"  # + 0: no -0.0
 
 
 def write(plan: Plan, state: dict[str, Any]) -> str:
     """Write ``compare.md``, ``compare.json`` and ``compare.csv`` of what is there; the Markdown is returned."""
     values = collect(plan, {name for name, known in state.items() if known["status"] == FINISHED})
-    found = summary(values, plan.variants[0])
+    found = summary(values, plan.contrasts)
     for name in plan.metrics:
         if any(found.values()) and not any(name in metrics for metrics in found.values()):
             known = sorted({name for metrics in found.values() for name in metrics})
             raise MMTSError(f"metrics: no evaluation holds {name!r}; they hold {', '.join(known)}")
     text = markdown(plan, found, plan.metrics)
     document = {
-        "format": 1,
+        "format": 2,  # 1 had one "difference", to the first variant, with its deviation
         "variants": plan.variants,
         "seeds": plan.seeds,
         "runs": {run.name: {"variant": run.variant, "seed": run.seed, **state.get(run.name, {})} for run in plan.runs},

@@ -43,20 +43,21 @@ def read_csv(source: Source, labels: Sequence[str], captions: bool) -> Samples:
         if empty:
             notes.append(
                 f"{source.data}: {empty} cells of column {shown(column)} are empty (or NA, null, None); their caption "
-                f"is {EMPTY_CELL!r}, as in OpenCLIP's CSV reader"
+                f"is {EMPTY_CELL!r}, as in training"
             )
         texts = [str(value) for value in values.tolist()]
         quoted = sum(text[:1] == text[-1:] == '"' for text in texts)
         if quoted and len(source.separator) > 1:
             notes.append(
                 f"{source.data}: {quoted} captions keep their quotes: {source.separator!r} has {len(source.separator)} "
-                "characters, which pandas takes for a regular expression, in OpenCLIP too (--csv-separator); where a "
+                "characters, which pandas takes for a regular expression, in training too; where a "
                 "tab is meant, leave the flag out"
             )
     notes += _csv_notes(source, frame, names)
     cells = [frame[columns[names.index(label)]] for label in labels]
     ids = [[None if pd.isna(value) else str(value) for value in column.tolist()] for column in cells]
-    return Samples(texts, join_labels(source, labels, ids), column, notes)
+    form = "kaggle" if source.format == "kaggle" else "csv"
+    return Samples(texts, join_labels(source, labels, ids), column, notes, form=form)
 
 
 def _csv_notes(source: Source, frame: Any, names: Sequence[str]) -> list[str]:
@@ -67,7 +68,7 @@ def _csv_notes(source: Source, frame: Any, names: Sequence[str]) -> list[str]:
     if not isinstance(frame.index, pd.RangeIndex):
         notes.append(
             f"{source.data}: rows have more fields than the header; pandas takes the first ones for names of rows, so "
-            f"that column {shown(names[0])} holds the field after them (as in OpenCLIP's CSV reader)"
+            f"that column {shown(names[0])} holds the field after them (as in training)"
         )
     texts = (frame.iloc[:, place] for place in range(len(names)))
     broken = sum("\n" in value or "\r" in value for column in texts if not pd.api.types.is_numeric_dtype(column)
@@ -75,7 +76,7 @@ def _csv_notes(source: Source, frame: Any, names: Sequence[str]) -> list[str]:
     if broken:
         notes.append(
             f"{source.data}: {broken} cells hold line breaks: a stray quote? Every line up to the next quote is part "
-            "of such a cell, as in OpenCLIP's CSV reader"
+            "of such a cell, as in training"
         )
     return notes
 

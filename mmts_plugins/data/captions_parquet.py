@@ -1,41 +1,24 @@
-"""Captions and labels of Parquet files, whole or some row groups at a time."""
+"""Captions and labels of Parquet and Arrow files, whole or some row groups at a time."""
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Optional, cast
 
 from ..errors import MMTSError, one_line, reading, shown
-from .source import BATCH, EMPTY_CELL, Samples, Source, join_labels, parquet_below, pick, require
+from .opening import open_bytes
+from .source import BATCH, EMPTY_CELL, Samples, Source, join_labels, pick, require
 
 _UNIT = 500_000  # rows of a Parquet file that an engine reads as one part
 
 
-def parquet_files(data: str) -> list[str]:
-    """A file, those below a folder, or those that a glob pattern names; both engines read the same.
-
-    Raises:
-        MMTSError: there is nothing there.
-    """
-    if os.path.isdir(data):
-        files = parquet_below(data)
-        if not files:
-            raise MMTSError(f"{data}: the folder holds no *.parquet file")
-        return files
-    files = [data] if os.path.exists(data) else sorted(glob.glob(data, recursive=True))
-    if not files:
-        raise MMTSError(f"{data}: no such file")
-    return files
-
-
-def read_parquet(source: Source, labels: Sequence[str], captions: bool) -> Samples:
+def read_parquet(source: Source, files: Sequence[str], labels: Sequence[str], captions: bool) -> Samples:
     texts: list[Optional[str]] = []
     ids: list[list[Optional[str]]] = [[] for _ in labels]
     column, left_out = source.column, 0
-    for file in parquet_files(source.data):
+    for file in files:
         for batch in parquet_batches(replace(source, column=column), file, labels, captions):
             column = batch.column
             left_out += batch.left_out
@@ -43,20 +26,21 @@ def read_parquet(source: Source, labels: Sequence[str], captions: bool) -> Sampl
             for target, cells in zip(ids, batch.labels):
                 target += cells
     empty = sum(text is None for text in texts)
-    notes = [note for note in (_left_out(source, left_out),) if note]
+    found = Samples([EMPTY_CELL if text is None else text for text in texts], column=column, form="parquet")
+    note = _left_out(source, left_out)
+    if note:
+        found.notes.append(note)
+        found.left_out["failed downloads"] = left_out
     if empty:
-        notes.append(
+        found.notes.append(
             f"{source.data}: {empty} cells of column {shown(column)} are empty; their caption is {EMPTY_CELL!r}"
         )
-    captions_read = [EMPTY_CELL if text is None else text for text in texts]
-    return Samples(captions_read, join_labels(source, labels, ids), column, notes)
+    found.labels = join_labels(source, labels, ids)
+    return found
 
 
-def failed_downloads(source: Source) -> Optional[str]:
-    """What :func:`read_samples` says of rows that it leaves out, for an engine that reads :func:`units`."""
-    if source.resolved_format() != "parquet":
-        return None
-    files = parquet_files(source.data)
+def failed_downloads(source: Source, files: Sequence[str]) -> Optional[str]:
+    """What :func:`read_parquet` says of rows that it leaves out, for an engine that reads :func:`.captions.units`."""
     return _left_out(source, sum(x.left_out for file in files for x in parquet_batches(source, file, captions=False)))
 
 
@@ -88,7 +72,6 @@ def parquet_batches(
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     def texts(cells: Any, name: str) -> list[Optional[str]]:
         try:
@@ -96,14 +79,13 @@ def parquet_batches(
         except pa.ArrowException as error:
             raise MMTSError(f"{path}: column {shown(name)} holds {one_line(str(cells.type))[:80]}, not text") from error
 
-    with reading(path, "cannot be read as parquet (truncated or damaged?)"), pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
+    with reading(path, f"cannot be read as {_name(path)} (truncated or damaged?)"), _opened(path) as (schema, batches):
         column = pick(replace(source, data=path), "parquet", schema.names) if captions else None
         for label in labels:
             require(replace(source, data=path), label, schema.names, source.label_flag)
         report = "status" in schema.names and "url" in schema.names and _is_text(schema.field("status").type)
         wanted = [*([] if column is None else [column]), *labels, *(["status"] if report else [])]
-        for batch in file.iter_batches(BATCH, row_groups=groups, columns=list(dict.fromkeys(wanted))):
+        for batch in batches(list(dict.fromkeys(wanted)), groups):
             rows = len(batch)
             if report:
                 batch = batch.filter(pc.equal(batch.column("status").cast(pa.string()), "success"))
@@ -118,6 +100,35 @@ def parquet_batches(
             )
 
 
+Batches = Callable[[list[str], Optional[range]], Iterator[Any]]
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[Any, Batches]]:
+    """The schema of a Parquet or Arrow file (also the stream of ``datasets``' ``save_to_disk``), and its batches."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_bytes(path) as raw:
+        start = raw.read(6)
+        raw.seek(0)
+        whole = start == b"ARROW1"
+        if not whole and (start[:4] == b"PAR1" or not path.endswith(".arrow")):
+            with pq.ParquetFile(raw) as file:
+                yield (
+                    file.schema_arrow,
+                    lambda columns, groups: file.iter_batches(BATCH, row_groups=groups, columns=columns),
+                )
+            return
+        with pa.ipc.open_file(raw) if whole else pa.ipc.open_stream(raw) as arrow:
+            every = (arrow.get_batch(number) for number in range(arrow.num_record_batches)) if whole else arrow
+            yield arrow.schema, lambda columns, _: (batch.select(columns) for batch in every)
+
+
+def _name(path: str) -> str:
+    return "arrow" if path.endswith(".arrow") else "parquet"
+
+
 def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
@@ -128,8 +139,8 @@ def _is_text(kind: Any) -> bool:
 def row_group_runs(path: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
-    with reading(path, "cannot be read as parquet (truncated?)"):
-        footer = pq.read_metadata(path)
+    with reading(path, "cannot be read as parquet (truncated?)"), open_bytes(path) as file:
+        footer = pq.read_metadata(file)
         sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     first, rows = 0, 0
     for group, size in enumerate(sizes):

@@ -13,10 +13,10 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from ..clusters import CLASS, ClusterTable
 from ..errors import TableError, listed, shown
 from ..fields import LARGEST_WHOLE
-from .text import opened_text, reading_text
+from ..tables import CLASS, ClusterTable
+from .opening import opened_text, reading_text
 
 _COLUMNS = ("class_id", "count")
 

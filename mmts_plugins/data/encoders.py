@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,10 @@ _HASHING_WIDTH = 256
 _HF = "hf:"
 _OPENCLIP = "openclip:"
 TIMM = "timm:"  # images only, see images.py
+# Scripts that put no spaces between words: Chinese, Japanese, Thai, Lao, Burmese and Khmer.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORDS = rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w){{2,}}"
+"""What ``hashing`` and ``tfidf`` count: words of two letters and more, as scikit-learn does, and there characters."""
 _PREFIXES = (_HF, _OPENCLIP, TIMM)
 
 
@@ -76,7 +81,7 @@ class TextEncoder:
         """What the embeddings depend on beside the captions, by content; ``None`` where that cannot be told."""
         prefix, name = _split(self.name)
         if self.name == HASHING:
-            return f"{HASHING}-{_HASHING_WIDTH}"
+            return f"{HASHING}-{_HASHING_WIDTH}-2"  # 1 took a text without spaces for one word
         weights: Optional[str]
         if prefix == _OPENCLIP:
             model, pretrained = openclip_name(name)
@@ -273,8 +278,16 @@ def _hashing(captions: Sequence[str]) -> np.ndarray:
     from sklearn.feature_extraction.text import HashingVectorizer
 
     # Signed hashing into few columns is a random projection of the bag of words that needs no pass over the data.
-    vectorizer = HashingVectorizer(n_features=_HASHING_WIDTH, stop_words="english", dtype=np.float32)
+    vectorizer = HashingVectorizer(
+        n_features=_HASHING_WIDTH, stop_words="english", dtype=np.float32, token_pattern=_WORDS
+    )
     return cast(np.ndarray, vectorizer.transform(captions).toarray())
+
+
+def unspaced(captions: Sequence[str]) -> int:
+    """How many captions are, in part, in a script without spaces."""
+    found = re.compile(f"[{_UNSPACED}]")
+    return sum(found.search(caption) is not None for caption in captions)
 
 
 def tfidf(captions: Sequence[str], seed: int) -> np.ndarray:
@@ -284,7 +297,7 @@ def tfidf(captions: Sequence[str], seed: int) -> np.ndarray:
     from sklearn.preprocessing import Normalizer
 
     try:
-        features = TfidfVectorizer(sublinear_tf=True, dtype=np.float32).fit_transform(captions)
+        features = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, token_pattern=_WORDS).fit_transform(captions)
     except ValueError as error:
         raise ConfigError(f"--encoder tfidf finds no words of two letters or more in the captions: {error}") from error
     width = features.shape[1]

@@ -12,7 +12,6 @@ from typing import Any, Optional
 import numpy as np
 
 from .._files import replacing
-from ..clusters import ClusterTable
 from ..markdown import line
 from ..record import read_record
 from ..report.concepts import Concepts
@@ -20,6 +19,7 @@ from ..report.logs import record_beside
 from ..report.page import embedded, shell
 from ..report.plots import HEAD, MIDDLE, MMTS, PLAIN, TAIL, legend_above, new_figure, save, tail_to_head
 from ..schedule import CosineSchedule
+from ..tables import ClusterTable
 from .data import HELD_OUT, Split, captions_of
 from .evaluate import DEFINITION, Scores
 from .train import TrainingRun

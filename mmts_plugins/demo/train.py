@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters.openclip_log import Progress, parse_progress
 from ..errors import MMTSError
 from ..processes import run_logged, shown
-from ..report.logs import Progress, parse_progress, record_beside
+from ..report.logs import record_beside
 
 TRAINER = "open_clip_train.main"
 

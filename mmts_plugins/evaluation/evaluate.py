@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,14 +15,15 @@ import torch.nn.functional as F
 
 from .. import __version__, markdown
 from .._files import replacing
-from ..clusters import CLASS, ClusterTable
 from ..config import THIRDS
 from ..data.embeddings import load_npy, read_embeddings
 from ..errors import ConfigError, MMTSError, cause, reading, shown
+from ..geometry import INNER
+from ..tables import CLASS, ClusterTable
 from ..versions import installed_version
 from . import frequency, relevancy, sets
-from .model import encode_images, encode_texts, load_model
-from .retrieval import KS, class_embeddings, class_ranks, graded, ranks
+from .model import encode_images, encode_texts, load_model, similarity_of
+from .retrieval import KS, Similarity, class_embeddings, class_ranks, graded, mean_over, ranks
 from .statistics import Measure, Queries, cell, class_mean, mean, median, summarise
 
 TEMPLATE = "a photo of a {}."
@@ -43,13 +44,15 @@ class Request:
         table: the cluster table of the training set, and ``encoder`` what finds a caption's nearest in it.
         relevancy: a file of graded relevance; ``ek100`` and ``ek100_sentences`` files that it is computed from.
         classes, templates: files of class names and prompts, for zero-shot classification.
-        no_retrieval: that alone.
+        average: over templates, of ``features`` or of ``distances``.
+        sub_spheres: how many of a product sphere's to use, drawn with ``seed``; ``None``: all.
+        no_retrieval: zero-shot classification alone.
         resamples, seed: of the bootstrap.
     """
 
     data: Optional[str] = None
     format: str = "auto"
-    image_column: str = "filepath"
+    image_column: Optional[str] = None
     column: Optional[str] = None
     separator: str = "\t"
     match_column: Optional[str] = None
@@ -73,6 +76,8 @@ class Request:
     ek100_sentences: Optional[str] = None
     classes: Optional[str] = None
     templates: Optional[str] = None
+    average: str = "features"
+    sub_spheres: Optional[int] = None
     no_retrieval: bool = False
     resamples: int = 1000
     seed: int = 0
@@ -84,7 +89,7 @@ class Result:
 
     Attributes:
         metrics: as :func:`~.statistics.summarise` gives them.
-        queries: ``{"image" | "text": {"n", "head", "mid", "tail"}}``, how many queries there are.
+        queries: ``{"image" | "text": {"n", "head", "middle", "tail"}}``, how many queries there are.
         table_hash: content hash of the cluster table, if one was given.
         notes: what the user should know.
     """
@@ -105,6 +110,7 @@ class Task:
         relevancy: graded relevance instead of groups.
         image_frequency, text_frequency: ``[N]`` and ``[M]``, None without a table.
         classes: ``[C, D]`` class embeddings, and ``labels`` ``[N]``, None without zero-shot classification.
+        similarity: what the model compares by; ``of_classes`` that of images and class embeddings.
     """
 
     images: torch.Tensor
@@ -116,6 +122,8 @@ class Task:
     text_frequency: Optional[np.ndarray] = None
     classes: Optional[torch.Tensor] = None
     labels: Optional[torch.Tensor] = None
+    similarity: Similarity = F.linear
+    of_classes: Similarity = F.linear
     notes: list[str] = field(default_factory=list)
 
 
@@ -143,8 +151,8 @@ def _ek100(asked: Request, table: Optional[ClusterTable]) -> Task:
     assert asked.image_features is not None
     assert asked.text_features is not None
     annotations = relevancy.read_ek100(asked.ek100, asked.ek100_sentences, asked.label_column or "noun_class")
-    images = _features(asked.image_features, "--image-features")
-    texts = _features(asked.text_features, "--text-features", images, asked.image_features)
+    images = read_features(asked.image_features, "--image-features")
+    texts = read_features(asked.text_features, "--text-features", images, asked.image_features)
     clips, captions = len(annotations.labels), len(annotations.captions)
     _check_rows(asked.image_features, len(images), clips, f"clips in {asked.ek100}")
     if len(texts) == clips:  # as AVION has them: one text per clip
@@ -165,8 +173,8 @@ def _ek100(asked: Request, table: Optional[ClusterTable]) -> Task:
 def _bare_features(asked: Request) -> Task:
     assert asked.image_features is not None
     assert asked.text_features is not None
-    images = _features(asked.image_features, "--image-features")
-    texts = _features(asked.text_features, "--text-features", images, asked.image_features)
+    images = read_features(asked.image_features, "--image-features")
+    texts = read_features(asked.text_features, "--text-features", images, asked.image_features)
     owner = np.arange(len(texts))
     if asked.text_image:
         owner = _read_index(asked.text_image, len(texts), len(images))
@@ -227,16 +235,16 @@ def _look_up(task: Task, samples: sets.Samples, table: ClusterTable, encoder: st
 
 def _saved(asked: Request, samples: sets.Samples, names: Sequence[str]) -> Task:
     assert asked.image_features is not None
-    images = _features(asked.image_features, "--image-features")
+    images = read_features(asked.image_features, "--image-features")
     _check_rows(asked.image_features, len(images), len(samples.images), f"images in {asked.data}")
     task = Task(images)
     if not asked.no_retrieval:
         assert asked.text_features is not None
-        task.texts = _features(asked.text_features, "--text-features", images, asked.image_features)
+        task.texts = read_features(asked.text_features, "--text-features", images, asked.image_features)
         _check_rows(asked.text_features, len(task.texts), len(samples.captions), f"captions in {asked.data}")
     if names:
         assert asked.class_features is not None
-        task.classes = _features(asked.class_features, "--class-features", images, asked.image_features)
+        task.classes = read_features(asked.class_features, "--class-features", images, asked.image_features)
         _check_rows(asked.class_features, len(task.classes), len(names), f"classes in {asked.classes}")
     return task
 
@@ -246,20 +254,40 @@ def _encoded(asked: Request, samples: sets.Samples, names: Sequence[str]) -> Tas
     prompts = _prompts(asked.templates, names)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, preprocess, tokenizer = load_model(asked.model, asked.checkpoint, device, asked.pretrained)
-    task = Task(encode_images(model, preprocess, samples.images, asked.batch_size, device))
+    part = _sub_spheres(model, asked)
+    task = Task(part(encode_images(model, preprocess, samples.images, asked.batch_size, device)))
+    task.similarity = task.of_classes = similarity_of(model)
     if not asked.no_retrieval:
-        task.texts = encode_texts(model, tokenizer, samples.captions, asked.batch_size, device)
+        task.texts = part(encode_texts(model, tokenizer, samples.captions, asked.batch_size, device))
     if names:
-        features = encode_texts(model, tokenizer, prompts, asked.batch_size, device)
-        of_class = torch.arange(len(names)).repeat_interleave(len(prompts) // len(names))
-        task.classes = class_embeddings(features, of_class, len(names))
+        features, many = (
+            part(encode_texts(model, tokenizer, prompts, asked.batch_size, device)),
+            len(prompts) // len(names),
+        )
+        if asked.average == "distances" or task.similarity is not F.linear:
+            task.classes, task.of_classes = features.view(len(names), -1), mean_over(many, task.similarity)
+        else:
+            task.classes = class_embeddings(features, torch.arange(len(names)).repeat_interleave(many), len(names))
     return task
+
+
+def _sub_spheres(model: Any, asked: Request) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What leaves of features only the sub-spheres that were asked for (Sun & Li, App. H), as unit vectors again."""
+    if asked.sub_spheres is None:
+        return lambda features: features
+    geometry = getattr(model, "mmts_geometry", None)
+    if geometry is None or geometry.distance != INNER or not 1 <= asked.sub_spheres <= geometry.m:
+        have = f"is of {geometry}" if geometry is not None else "has no product sphere"
+        raise ConfigError(f"--sub-spheres {asked.sub_spheres}: the model {have}")
+    drawn = torch.randperm(geometry.m, generator=torch.Generator().manual_seed(asked.seed))[: asked.sub_spheres]
+    scale = (geometry.m / asked.sub_spheres) ** 0.5
+    return lambda features: scale * features.unflatten(1, (geometry.m, -1))[:, drawn].flatten(1)
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def _features(path: str, flag: str, images: Optional[torch.Tensor] = None, of: str = "") -> torch.Tensor:
+def read_features(path: str, flag: str, images: Optional[torch.Tensor] = None, of: str = "") -> torch.Tensor:
     """``[n, D]`` L2-normalised float32, as wide as ``images``, which came from the file ``of``."""
     with reading(path, f"cannot be read as features ({flag})"):
         points = np.asarray(read_embeddings(path, flag=flag, largest=np.inf))
@@ -345,7 +373,7 @@ def _measured(task: Task, table: Optional[ClusterTable], resamples: int, seed: i
         if task.relevancy:
             families[TEXTS] = np.arange(len(task.texts))
     if task.classes is not None and task.labels is not None:
-        measures += _classified(task.images, task.classes, task.labels)
+        measures += _classified(task, task.classes, task.labels)
     queries = {}
     for kind, units in families.items():
         common = task.image_frequency if kind == IMAGES else task.text_frequency
@@ -362,8 +390,8 @@ def _ranked(task: Task) -> list[Measure]:
     assert task.texts is not None
     image_group, text_group = torch.from_numpy(task.image_group), torch.from_numpy(task.text_group)
     sides = {
-        IMAGES: ranks(task.images, task.texts, image_group, text_group),
-        TEXTS: ranks(task.texts, task.images, text_group, image_group),
+        IMAGES: ranks(task.images, task.texts, image_group, text_group, similarity=task.similarity),
+        TEXTS: ranks(task.texts, task.images, text_group, image_group, similarity=task.similarity),
     }
     measures = []
     for kind, rank in sides.items():
@@ -378,8 +406,8 @@ def _graded(task: Task) -> list[Measure]:
     assert task.texts is not None
     assert task.relevancy is not None
     sides = {
-        IMAGES: graded(task.images, task.texts, task.relevancy.of_images),
-        TEXTS: graded(task.texts, task.images, task.relevancy.of_texts),
+        IMAGES: graded(task.images, task.texts, task.relevancy.of_images, similarity=task.similarity),
+        TEXTS: graded(task.texts, task.images, task.relevancy.of_texts, similarity=task.similarity),
     }
     names = {"mAP": "AP", "mAP_binary": "AP_binary", "nDCG": "nDCG"}
     return [
@@ -389,8 +417,8 @@ def _graded(task: Task) -> list[Measure]:
     ]
 
 
-def _classified(images: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor) -> list[Measure]:
-    places = class_ranks(images, classes, labels).numpy() + 1
+def _classified(task: Task, classes: torch.Tensor, labels: torch.Tensor) -> list[Measure]:
+    places = class_ranks(task.images, classes, labels, task.of_classes).numpy() + 1
     hits = (places <= 1).astype(float)
     measures = [Measure("zero_shot_top1", hits, mean, IMAGES)]
     if len(classes) > 5:
@@ -452,7 +480,7 @@ def _record(asked: Request, result: Result) -> dict[str, Any]:
     """The content of the JSON file; docs/evaluation.md describes it."""
     packages = ("numpy", "torch", *(["open_clip_torch"] if asked.model else []))
     given = ("data", "model", "checkpoint", "pretrained", "table", "image_features", "text_features", "class_features",
-             "relevancy", "ek100", "classes", "templates")  # fmt: skip
+             "relevancy", "ek100", "classes", "templates", "average", "sub_spheres")  # fmt: skip
     return {
         "format": 1,
         "metrics": result.metrics,

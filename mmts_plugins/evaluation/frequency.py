@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..clusters import CLASS, ClusterTable
 from ..data import encoders
 from ..errors import TableError, shown
+from ..tables import CLASS, ClusterTable
 
 
 def of_classes(table: ClusterTable, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:

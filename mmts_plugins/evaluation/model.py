@@ -13,8 +13,11 @@ from typing import IO, Any, Optional, Union
 import torch
 import torch.nn.functional as F
 
+from .. import _startup
 from .._files import PathLike
 from ..errors import MMTSError, reading, shown
+from ..geometry import EUCLIDEAN, INNER
+from .retrieval import Similarity
 
 Device = Union[str, torch.device]
 
@@ -53,6 +56,7 @@ def load_model(
     Raises:
         MMTSError: there is no such model or file, or the checkpoint is not of this model.
     """
+    _startup.guard()  # weights that say what they are need its seams
     import open_clip
 
     if checkpoint is not None and not Path(checkpoint).is_file():
@@ -67,6 +71,35 @@ def load_model(
             _check_weights(str(checkpoint))
             open_clip.load_checkpoint(net, str(checkpoint), weights_only=True)
     return net.eval(), preprocess, tokenizer
+
+
+def find_model(path: PathLike) -> tuple[str, Optional[Path]]:
+    """``--model`` and checkpoint of what a path names: a run's checkpoint, or a folder with ``open_clip_config.json``.
+
+    Raises:
+        MMTSError: it is neither.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "open_clip_config.json").is_file():
+        return f"local-dir:{path}", None
+    if not path.is_file():
+        raise MMTSError(f"{path}: no such checkpoint, and no folder with an open_clip_config.json")
+    params = path.absolute().parent.parent / "params.txt"
+    if params.is_file():
+        with reading(params, "cannot be read"):
+            for line in params.read_text(encoding="utf-8").splitlines():
+                name, colon, value = line.partition(": ")
+                if name == "model" and colon:
+                    return value.strip(), path
+    raise MMTSError(f"{path}: no params.txt in the folder above says which model this is: name it (--model)")
+
+
+def similarity_of(model: Any) -> Similarity:
+    """What a model was trained to compare by: inner products, or another distance of its geometry."""
+    geometry = getattr(model, "mmts_geometry", None)
+    if geometry is None or geometry.distance == INNER:
+        return F.linear
+    return lambda queries, candidates: -geometry.distances(queries, candidates)
 
 
 def _check_weights(path: str) -> None:
@@ -96,24 +129,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def encode_images(
-    model: Any,
-    preprocess: Callable[[Any], torch.Tensor],
-    images: Sequence[Union[PathLike, TarImage]],
-    batch_size: int = 256,
-    device: Device = "cpu",
-) -> torch.Tensor:
-    """``[N, D]`` L2-normalised float32 features, on the CPU.
-
-    Args:
-        model: an OpenCLIP model, already on ``device`` and in evaluation mode.
-        preprocess: the validation transform, PIL image to tensor.
-        images: ``[N]`` paths, or images inside tars.
-        batch_size: how many are encoded at once.
-        device: where to compute.
+def load_images(preprocess: Callable[[Any], torch.Tensor], images: Sequence[Union[PathLike, TarImage]]) -> torch.Tensor:
+    """``[N, 3, H, W]`` of paths, or of images inside tars, as a model takes them.
 
     Raises:
-        MMTSError: an image cannot be read, or there is none.
+        MMTSError: an image cannot be read.
     """
     from PIL import Image
 
@@ -122,9 +142,36 @@ def encode_images(
             with Image.open(source.open() if isinstance(source, TarImage) else source) as image:
                 return preprocess(image)
 
-    return _encoded(
-        images, lambda batch: model.encode_image(torch.stack([load(i) for i in batch]).to(device)), batch_size, "images"
-    )
+    return torch.stack([load(each) for each in images])
+
+
+def encode_images(
+    model: Any,
+    preprocess: Callable[[Any], torch.Tensor],
+    images: Sequence[Union[PathLike, TarImage]],
+    batch_size: int = 256,
+    device: Device = "cpu",
+    normalize: bool = True,
+) -> torch.Tensor:
+    """``[N, D]`` float32 features, on the CPU: L2-normalised, but of a model that is trained in plain space.
+
+    Args:
+        model: an OpenCLIP model, already on ``device`` and in evaluation mode.
+        preprocess: the validation transform, PIL image to tensor.
+        images: ``[N]`` paths, or images inside tars.
+        batch_size: how many are encoded at once.
+        device: where to compute.
+        normalize: otherwise as the model gives them.
+
+    Raises:
+        MMTSError: an image cannot be read, or there is none.
+    """
+
+    def encoder(batch: Sequence[Union[PathLike, TarImage]]) -> torch.Tensor:
+        features = model.encode_image(load_images(preprocess, batch).to(device))
+        return _placed(model, features) if normalize else features.float()
+
+    return _encoded(images, encoder, batch_size, "images")
 
 
 def encode_texts(
@@ -135,7 +182,18 @@ def encode_texts(
     device: Device = "cpu",
 ) -> torch.Tensor:
     """``[M, D]`` L2-normalised float32 features of ``[M]`` strings, on the CPU; see :func:`encode_images`."""
-    return _encoded(texts, lambda batch: model.encode_text(tokenizer(list(batch)).to(device)), batch_size, "captions")
+
+    def encoder(batch: Sequence[str]) -> torch.Tensor:
+        return _placed(model, model.encode_text(tokenizer(list(batch)).to(device)))
+
+    return _encoded(texts, encoder, batch_size, "captions")
+
+
+def _placed(model: Any, features: torch.Tensor) -> torch.Tensor:
+    """Normalised, but of a model that is trained in plain space."""
+    geometry = getattr(model, "mmts_geometry", None)
+    plain = geometry is not None and geometry.distance == EUCLIDEAN
+    return features.float() if plain else F.normalize(features.float(), dim=-1)
 
 
 def encode(
@@ -165,6 +223,6 @@ def _encoded(
     with torch.inference_mode(), tqdm(total=len(items), desc=f"  {what}", leave=False, disable=None) as bar:
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
-            parts.append(F.normalize(encoder(batch).float(), dim=-1).cpu())
+            parts.append(encoder(batch).cpu())
             bar.update(len(batch))
     return torch.cat(parts)

@@ -23,6 +23,8 @@ columns results that differ in the last bits."""
 Relevancy = Callable[[int, int], torch.Tensor]
 """``relevancy(start, stop)`` gives ``[stop - start, C]`` numbers in ``[0, 1]``: how relevant each candidate is to these
 queries, 1 for a candidate that says the same."""
+Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``[B, D]`` queries and ``[C, D]`` candidates to ``[B, C]`` scores, higher where more alike."""
 _BLOCK = 2**21  # scores held at once: 8 MB in float32
 
 
@@ -32,6 +34,7 @@ def ranks(
     query_labels: torch.Tensor,
     candidate_labels: torch.Tensor,
     block_size: Optional[int] = None,
+    similarity: Similarity = F.linear,
 ) -> torch.Tensor:
     """Zero-based rank of each query's best relevant candidate; a candidate is relevant if its label is the query's.
 
@@ -44,6 +47,7 @@ def ranks(
         query_labels: ``[Q]`` integers.
         candidate_labels: ``[C]`` integers.
         block_size: queries compared at once; memory is ``block_size * C`` scores. By default some 2 million scores.
+        similarity: of a model that compares by something else than inner products; features as it takes them.
 
     Returns:
         ``[Q]`` int64 on the CPU.
@@ -55,7 +59,8 @@ def ranks(
         if features.ndim != 2 or labels.shape != features.shape[:1]:
             raise MMTSError(f"{name}: {tuple(labels.shape)} labels for features of shape {tuple(features.shape)}")
         _check_finite(name, features)
-    _check_widths(queries, candidates)
+    if similarity is F.linear:
+        _check_widths(queries, candidates)
     block_size = block_size or _block_size(candidates)
     orphans = ~torch.isin(query_labels, candidate_labels)
     if orphans.any():
@@ -64,7 +69,7 @@ def ranks(
     result = torch.empty(len(queries), dtype=torch.int64)
     for start in range(0, len(queries), block_size):
         stop = start + block_size
-        scores = queries[start:stop] @ candidates.T
+        scores = similarity(queries[start:stop], candidates)
         relevant = query_labels[start:stop, None] == candidate_labels
         best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
         result[start:stop] = ((scores >= best - TIE) & ~relevant).sum(1)
@@ -72,7 +77,11 @@ def ranks(
 
 
 def graded(
-    queries: torch.Tensor, candidates: torch.Tensor, relevancy: Relevancy, block_size: Optional[int] = None
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    relevancy: Relevancy,
+    block_size: Optional[int] = None,
+    similarity: Similarity = F.linear,
 ) -> dict[str, torch.Tensor]:
     """Average precision and nDCG of every query with graded relevance, as EPIC-KITCHENS-100 evaluates retrieval.
 
@@ -94,6 +103,7 @@ def graded(
         candidates: ``[C, D]``, L2-normalised.
         relevancy: see :data:`Relevancy`.
         block_size: queries compared at once; by default some half a million scores, each of about 100 bytes.
+        similarity: as in :func:`ranks`.
 
     Returns:
         ``{"AP": [Q], "AP_binary": [Q], "nDCG": [Q]}``, float64 on the CPU.
@@ -114,7 +124,7 @@ def graded(
         stop = start + len(block)
         grades = relevancy(start, stop).cpu().double()
         _check_grades(grades, (len(block), len(candidates)), start)
-        scores = (block @ candidates.T).cpu().double() + TIE * (1 - grades)
+        scores = similarity(block, candidates).cpu().double() + TIE * (1 - grades)
         # Least relevant first, then a stable sort by score: what still ties exactly goes against the model too.
         ideal, by_grade = grades.sort(dim=1)
         order = by_grade.gather(1, scores.gather(1, by_grade).sort(dim=1, descending=True, stable=True).indices)
@@ -192,6 +202,19 @@ def class_embeddings(text_features: torch.Tensor, labels: torch.Tensor, num_clas
     return F.normalize(total.index_add(0, labels, text_features), dim=1)
 
 
+def mean_over(prompts: int, similarity: Similarity = F.linear) -> Similarity:
+    """The mean of the similarities to each class's ``prompts`` (Sun & Li, Sec. 4.1), given as ``[C, prompts * D]``.
+
+    By inner products this is the product with the mean of the prompts, not normalised.
+    """
+
+    def similarities(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        each = candidates.unflatten(1, (prompts, -1)).flatten(0, 1)
+        return similarity(queries, each).unflatten(1, (-1, prompts)).mean(2)
+
+    return similarities
+
+
 def zero_shot_accuracy(
     image_features: torch.Tensor, class_features: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
@@ -208,10 +231,15 @@ def zero_shot_accuracy(
     return class_means(class_ranks(image_features, class_features, labels) == 0, labels, len(class_features))
 
 
-def class_ranks(image_features: torch.Tensor, class_features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def class_ranks(
+    image_features: torch.Tensor,
+    class_features: torch.Tensor,
+    labels: torch.Tensor,
+    similarity: Similarity = F.linear,
+) -> torch.Tensor:
     """``[N]`` zero-based rank of each image's own class among all; arguments as :func:`zero_shot_accuracy`."""
     classes = torch.arange(len(class_features), device=labels.device)
-    return ranks(image_features, class_features, labels, classes)
+    return ranks(image_features, class_features, labels, classes, similarity=similarity)
 
 
 def class_means(values: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -6,21 +6,23 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 
 import numpy as np
 
 from .. import errors
-from ..data.captions import read_samples
+from ..data import source as data
+from ..data.captions import looked_into, read_samples
+from ..data.forms import FORMATS
 from ..data.source import Source
-from ..data.webdataset import shards, tar_samples
+from ..data.webdataset import tar_samples
 from ..errors import ConfigError, MMTSError, cause, shown
 from .model import TarImage
 
-FORMATS = ("auto", "csv", "json", "parquet", "karpathy", "webdataset")
+_USUAL_IMAGES = ("filepath", "image", "image_path", "file_name", "filename", "path")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -31,8 +33,9 @@ class Reading:
 
     Attributes:
         data: a file, or the tars of a WebDataset.
-        format: one of :data:`FORMATS`.
-        image_column, caption_column: of a file with columns; no caption column is read if ``captions`` is False.
+        format: one of :data:`..data.forms.FORMATS`.
+        image_column, caption_column: of a file with columns, default: usual names; no caption column is read if
+            ``captions`` is False.
         separator: of a CSV.
         match_column: images and captions with the same value here belong together; None: those of the same image.
         label_column: class of each row; several columns, joined by ``_``, with commas.
@@ -44,7 +47,7 @@ class Reading:
 
     data: str
     format: str = "auto"
-    image_column: str = "filepath"
+    image_column: Optional[str] = None
     caption_column: Optional[str] = None
     separator: str = "\t"
     match_column: Optional[str] = None
@@ -100,9 +103,9 @@ def read(reading: Reading) -> Samples:
 
 
 def _read(reading: Reading) -> Samples:
-    kind = reading.format
+    kind, source = reading.format, Source(reading.data, reading.format, reading.caption_column, reading.separator)
     if kind == "auto":
-        kind = Source(reading.data).resolved_format()
+        kind = source.resolved_format()
         if kind == "json" and _karpathy_images(reading.data) is not None:
             kind = "karpathy"
     if kind in ("karpathy", "webdataset") and reading.match_column:
@@ -114,33 +117,55 @@ def _read(reading: Reading) -> Samples:
     if kind == "karpathy":
         rows: Iterable[Row] = _read_karpathy(reading, notes)
     elif kind == "webdataset":
-        rows = _read_webdataset(reading, notes)
-    elif kind in ("csv", "json", "parquet"):
-        rows = _read_columns(reading, kind, notes)
+        rows = _read_webdataset(reading, source, notes)
     else:
-        raise ConfigError(f"{reading.data}: a {kind} file names no images; --format takes {', '.join(FORMATS[1:])}")
+        rows = _read_form(reading, source, notes) or _read_columns(reading, source, notes)
     return _distinct(list(rows), reading, notes)
 
 
-def _read_columns(reading: Reading, kind: str, notes: list[str]) -> Iterable[Row]:
-    source = Source(reading.data, kind, reading.caption_column, reading.separator)
+def _read_form(reading: Reading, source: Source, notes: list[str]) -> list[Row]:
+    """The captions of a published form and the images that it names; nothing where it is none."""
+    if reading.match_column or reading.label_column or reading.image_column or not reading.captions:
+        return []
+    if looked_into(source, source.resolved_format())[0] in ("csv", "parquet", "arrow"):
+        return []
+    found = read_samples(source)
+    if not found.images:
+        if found.form == "text":
+            raise ConfigError(f"{reading.data}: a text file names no images; --format takes {', '.join(FORMATS[1:])}")
+        return []
+    notes.extend(found.notes)
+    root = Path(reading.image_root or "")
+    return [Row(root / image, caption, image) for image, caption in zip(found.images, found.captions)]
 
-    def column(names: Sequence[str], flag: str) -> list[str]:
-        return read_samples(replace(source, label_flag=flag), names, captions=False).labels
 
-    images = column([reading.image_column], "--image-column")
-    captions = [""] * len(images)
-    if reading.captions:
-        read_captions = read_samples(source)
-        notes.extend(read_captions.notes)
-        captions = read_captions.captions
-    match = column([reading.match_column], "--match-column") if reading.match_column else images
-    labels = column(reading.label_column.split(","), "--label-column") if reading.label_column else [""] * len(images)
-    if not len(images) == len(captions) == len(match) == len(labels):
-        raise MMTSError(f"{reading.data}: a record holds a list of captions; give every caption a record of its own")
+def _read_columns(reading: Reading, source: Source, notes: list[str]) -> Iterable[Row]:
+    def column(names: Sequence[str], flag: str) -> data.Samples:
+        return read_samples(replace(source, label_flag=flag), names, captions=reading.captions)
+
+    found = _with_images(reading, column)
+    notes.extend(found.notes)
+    images, captions = found.labels, found.captions if reading.captions else [""] * len(found.labels)
+    match = column([reading.match_column], "--match-column").labels if reading.match_column else images
+    labels = [""] * len(images)
+    if reading.label_column:
+        labels = column(reading.label_column.split(","), "--label-column").labels
     root = Path(reading.image_root or "")
     for image, caption, same, label in zip(images, captions, match, labels):
         yield Row(root / image, caption, same, label)
+
+
+def _with_images(reading: Reading, column: Callable[[Sequence[str], str], data.Samples]) -> data.Samples:
+    """The captions, as labels the image of each: of the column that is named, else of the first usual one."""
+    if reading.image_column is not None:
+        return column([reading.image_column], "--image-column")
+    problem: Optional[ConfigError] = None
+    for name in _USUAL_IMAGES:
+        try:
+            return column([name], "--image-column")
+        except ConfigError as error:
+            problem = problem or error
+    raise cast(ConfigError, problem)
 
 
 def _karpathy_images(path: str) -> Optional[list[dict[str, Any]]]:
@@ -158,7 +183,8 @@ def _karpathy_images(path: str) -> Optional[list[dict[str, Any]]]:
     except (RecursionError, MemoryError) as error:
         raise MMTSError(f"{path}: cannot be read as JSON: {cause(error)}") from error
     images = document.get("images")
-    return images if isinstance(images, list) else None
+    captions_apart = isinstance(document.get("annotations"), list)  # as COCO has them
+    return images if isinstance(images, list) and not captions_apart else None
 
 
 def _read_karpathy(reading: Reading, notes: list[str]) -> Iterable[Row]:
@@ -191,12 +217,13 @@ def _read_karpathy(reading: Reading, notes: list[str]) -> Iterable[Row]:
         notes.append(f"{reading.data}: {bare} images have no caption and are left out")
 
 
-def _read_webdataset(reading: Reading, notes: list[str]) -> Iterable[Row]:
+def _read_webdataset(reading: Reading, source: Source, notes: list[str]) -> Iterable[Row]:
     """Samples of an image, ``.txt`` (one caption per line) and ``.cls`` (a class), as CLIP_benchmark's."""
     from tqdm import tqdm
 
     partial = 0
-    for url in tqdm(shards(reading.data), desc="  tars", leave=False, disable=None):
+    tars = [file for part in source.parts for file in part.files]
+    for url in tqdm(tars, desc="  tars", leave=False, disable=None):
         for number, sample in enumerate(tar_samples(url, lambda *member, url=url: _member(url, *member))):
             image = next((sample[suffix] for suffix in _IMAGES if suffix in sample), None)
             captions = [line.strip() for line in sample.get("txt", "").splitlines() if line.strip()]

@@ -70,7 +70,7 @@ class Queries:
 def summarise(
     measures: list[Measure], queries: dict[str, Queries], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """``{name: {"value", "low", "high", "n"}}``, and with thirds ``"head"``, ``"mid"``, ``"tail"`` of the same form.
+    """``{name: {"value", "low", "high", "n"}}``, and with thirds ``"head"``, ``"middle"``, ``"tail"`` of the same form.
 
     ``low`` and ``high`` bound the central 95% of the statistic over ``resamples`` bootstrap draws (percentile method),
     None without draws and where all queries are of one unit, about whose like nothing is known. A third without queries

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Optional, Union
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Optional
 
 from .. import losses
-from ..clusters import CAPTION, ClusterTable
 from ..config import Config, merge
 from ..errors import ConfigError, TableError, shown
-from ..large import LargeTable, open_table
 from ..options import ALLOW_CHANGE, COMMON, Option
 from ..presets import Preset
+from ..tables import CAPTION, ClusterTable, Table, open_table
+from .logs import HostLog, RunFolder
 
 logger = logging.getLogger(__name__)
 
-Table = Union[ClusterTable, LargeTable]
 
-
-class Resolved(NamedTuple):
+@dataclass(frozen=True)
+class Resolved:
     """What a run will do.
 
     Attributes:
@@ -32,10 +33,24 @@ class Resolved(NamedTuple):
     table: Optional[Table]
     allow_change: bool = False
 
-    @property
+    @cached_property
     def shifted(self) -> Optional[Table]:
-        """The table, where samples get its shifts; a run under ``--mmts-no-shifts`` only records which it was given."""
-        return None if self.config.no_shifts else self.table
+        """The table, where samples get its shifts, shuffled where it is to be; a run under ``--mmts-no-shifts`` only
+        records which it was given.
+
+        Raises:
+            TableError: it is to be shuffled and cannot be.
+        """
+        if self.config.no_shifts:
+            return None
+        if self.table is None or self.config.shuffle_shifts is None:
+            return self.table
+        return self.table.shuffled(self.config.shuffle_shifts)
+
+    @property
+    def described(self) -> Optional[Table]:
+        """The table whose frequencies tell of the run: :attr:`shifted`, or the one whose mean every sample gets."""
+        return self.table if self.shifted is None else self.shifted
 
 
 class Adapter:
@@ -51,6 +66,8 @@ class Adapter:
         options: flags that only this host knows.
         defaults: of options, and of common fields where this host's differ from :class:`Config`'s.
         counted_in: the host's own flag that names a file it can count a table in; empty where there is none.
+        log_files: the host's own files that :meth:`read_log` reads, for messages.
+        log_folders: folders inside a run's folder in which the host's files lie.
         loss_hint: what to say beside the losses there are, where ``--loss`` is given another.
     """
 
@@ -63,6 +80,8 @@ class Adapter:
     options: ClassVar[tuple[Option, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     counted_in: ClassVar[str] = ""
+    log_files: ClassVar[tuple[str, ...]] = ()
+    log_folders: ClassVar[tuple[str, ...]] = ()
     loss_hint: ClassVar[str] = ""
 
     # -- fill in, where the host needs it -----------------------------------------------------------------------------
@@ -117,6 +136,10 @@ class Adapter:
         """
         return {}
 
+    def read_log(self, run: RunFolder) -> HostLog:
+        """What the host's own files in a run's folder tell; nothing where it is another host's."""
+        return HostLog({}, {}, ())
+
     # -- given --------------------------------------------------------------------------------------------------------
 
     def check_fields(self) -> None:
@@ -165,7 +188,7 @@ class Adapter:
         if config.clusters is not None and with_table:
             table = self.open_table(config.clusters)
             config = self.fit(config, table, flags)
-        if config.clusters is None and not config.no_shifts and not self.counts(config):
+        if config.clusters is None and config.reads_table and not self.counts(config):
             raise ConfigError(
                 "--loss mmts needs the cluster table of the training captions: --mmts-clusters FILE "
                 "(make it with: mmts cluster CAPTIONS -o FILE), or --mmts-no-shifts for the schedule alone"
@@ -173,6 +196,9 @@ class Adapter:
         if counted_in is not None:
             if not self.counted_in:
                 raise ConfigError(f"{counted_in}: {self.title} counts no classes; it takes --mmts-clusters")
-            if not config.no_shifts and with_table:
+            if config.reads_table and with_table:
                 table = self.count(config, table, counted_in)
-        return Resolved(config, table, bool(flags.get(ALLOW_CHANGE)))
+        resolved = Resolved(config, table, bool(flags.get(ALLOW_CHANGE)))
+        if config.shuffle_shifts is not None:
+            _ = resolved.shifted  # says here, not when training starts, that this table cannot be shuffled
+        return resolved

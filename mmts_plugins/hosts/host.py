@@ -45,6 +45,7 @@ class Seam:
         uses: names of attributes that its body must read, where our wrapper relies on that.
         takes_flags: whether the wrapper is what takes our flags off the command line (:func:`.options.split_flags`).
             A run that asks for a schedule stops where it does not.
+        always: whether every process has it, asked for or not: its wrapper passes through what is none of ours.
     """
 
     module: str
@@ -54,6 +55,7 @@ class Seam:
     required: bool = True
     uses: tuple[str, ...] = ()
     takes_flags: bool = False
+    always: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.attribute}"
@@ -85,12 +87,15 @@ class Host:
         seams: in no particular order; each is installed on its own.
         start_modules: what ``python -m`` or a launcher is given to start this host: modules, or names of scripts. Of a
             library that scripts of the users' own import, ``None``: any target may be one.
+        imported_as: of such a library, what a script that imports it has in its text; empty: nothing is asked for.
         adapters: makes its conventions, one for each kind of run; called only where they are needed, so that its module
             may import what is slow to import.
         on_import: functions called right after a module of the host is imported, before its seams are looked at.
         checkout: for a host that is no package: where to get it. It counts as installed where it can be imported.
         root_files: for a checkout whose modules have names that others use too (``utils``, ``model``): files at its
             root that tell it from them. A module of one of our names elsewhere is foreign, and never touched.
+        enable: of a library whose trainers are objects: takes one and our flags, by name, and tells whether it is one
+            of its own and is scheduled from now on.
         needs: modules of the host that it imports only once it trains, each with what to do where that fails.
     """
 
@@ -104,6 +109,8 @@ class Host:
     on_import: Mapping[str, Callable[[ModuleType], None]] = field(default_factory=dict)
     checkout: str = ""
     root_files: tuple[str, ...] = ()
+    imported_as: str = ""
+    enable: Optional[Callable[[Any, Mapping[str, Any]], bool]] = None
     needs: Mapping[str, str] = field(default_factory=dict)
     _imports: list[str] = field(default_factory=list)
     _hooks: dict[Seam, Callable[[ModuleType], None]] = field(default_factory=dict)
@@ -130,12 +137,17 @@ class Host:
 
     def version(self) -> str:
         """The version imported, else installed; ``"not installed"`` where there is none."""
+        root = None
+        if self.root_files:  # not by a search for the module: it would import a foreign parent package
+            root = next((folder for folder in sys.path if self._is_root(folder)), None)
+            if root is None:
+                return "not installed"
         imported = getattr(sys.modules.get(self.package), "__version__", None)
         if imported is not None:
             return str(imported)
-        if self.root_files:  # not by a search for the module: it would import a foreign parent package
-            root = next((folder for folder in sys.path if self._is_root(folder)), None)
-            return "not installed" if root is None else _commit(Path(root))
+        if root is not None:
+            installed = next(iter(metadata.distributions(name=self.distribution, path=[root])), None)
+            return _commit(Path(root)) if installed is None else installed.version
         if self.checkout:
             try:
                 found = importlib.util.find_spec(self.seams[0].module)
@@ -165,7 +177,7 @@ class Host:
     def starts(self, target: str, as_module: bool) -> bool:
         """Whether this host is what a launcher is given: a module, or the path of a script."""
         if self.start_modules is None:
-            return True
+            return not self.imported_as or self.imported_as in _text_of(target, as_module)
         if as_module:
             return target in self.start_modules
         folder, name = os.path.split(os.path.abspath(target))
@@ -196,6 +208,18 @@ class Host:
                 _hooks.after_import(seam.module, hook)
                 self._hooks[seam] = hook
 
+    def attach(self, module: ModuleType) -> None:
+        """Install the seams of a module that has just been executed, those that every process has. Idempotent.
+
+        Raises:
+            SeamError: one of them is not what we know.
+        """
+        for seam in self.seams:
+            if seam.always and seam.module == module.__name__ and seam not in self._hooks:
+                hook = self._hook(seam)
+                hook(module)
+                self._hooks[seam] = hook
+
     def _is_taken(self, name: str) -> bool:
         """Whether a foreign module goes by this name, perhaps half imported yet."""
         loaded = sys.modules.get(name)
@@ -214,7 +238,7 @@ class Host:
             # By identity: functools.wraps copies our marker onto what another tool puts around us.
             if module is not None and current is not None and current is self._replacements.pop(seam, None):
                 seam.put(module, current.__wrapped__)
-            elif current is not None and _wrapped_inside(current, str(seam)):
+            elif current is not None and _wrapped_inside(current, self._mark(seam)):
                 logger.warning("MM-TS: %s was wrapped by another tool after us; switched off in place", seam)
 
     def tell_wrappers(self) -> None:
@@ -232,7 +256,7 @@ class Host:
                 others = [each for each in _layers(replacement.__wrapped__)[:-1] if _is_foreign(each, seam)]
                 if others:
                     logger.warning("MM-TS: %s is wrapped by another tool: %s", seam, _made_by(others[0]))
-            elif _leads_to(current, str(seam)):
+            elif _leads_to(current, self._mark(seam)):
                 logger.warning("MM-TS: %s was wrapped by another tool after us: %s", seam, _made_by(current))
             else:
                 raise SeamError(
@@ -249,7 +273,7 @@ class Host:
         current = seam.current(module)
         if current is None:
             return "absent"
-        return "installed" if _wrapped_inside(current, str(seam)) else "not armed"
+        return "installed" if _wrapped_inside(current, self._mark(seam)) else "not armed"
 
     def check(self, seam: Seam, module: ModuleType) -> Any:
         """The seam's original.
@@ -287,12 +311,16 @@ class Host:
             )
         return original
 
+    def _mark(self, seam: Seam) -> str:
+        """What tells our function there: a library that several hosts build on has one of each."""
+        return f"{self.name}: {seam}"
+
     def _hook(self, seam: Seam) -> Callable[[ModuleType], None]:
         def hook(module: ModuleType) -> None:
             if not self.owns(module):
                 return
             current = seam.current(module)
-            if current is not None and _wrapped_inside(current, str(seam)):
+            if current is not None and _wrapped_inside(current, self._mark(seam)):
                 return
             original = self.check(seam, module)
             if original is None:
@@ -323,8 +351,20 @@ class Host:
                 )
             return result
 
-        replacement._mmts_seam = str(seam)  # type: ignore[attr-defined]
+        replacement._mmts_seam = self._mark(seam)  # type: ignore[attr-defined]
         return replacement
+
+
+def _text_of(target: str, as_module: bool) -> str:
+    """The source of what a launcher is given; nothing where there is none to read."""
+    try:
+        path: Optional[str] = target
+        if as_module:
+            found = importlib.util.find_spec(target)
+            path = None if found is None else found.origin
+        return "" if path is None else Path(path).read_text(encoding="utf-8", errors="replace")
+    except (OSError, ImportError, ValueError):
+        return ""
 
 
 def _commit(root: Path) -> str:

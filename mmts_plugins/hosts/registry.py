@@ -186,7 +186,7 @@ def install_all() -> None:
 
 
 def uninstall_all() -> None:
-    for host in hosts():
+    for host in reversed(hosts()):  # of two at one function, the one that came last stands outside
         host.uninstall()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Protocol, Union
 
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..diagnostics import Diagnostics, Meter, step_line
 from ..distributed import check_ranks_agree
-from ..errors import ConfigError, SeamError, one_line
-from ..hits import HitGuard, judge
-from ..live import Live, Meter, step_line
-from ..lookup import KeyLookup
+from ..errors import ConfigError, SeamError, one_line, shown
+from ..hits import HitGuard, judge_known
 from ..record import FILE_NAME, LOG_NAME, check_resume, record, write_record
-from ..runtime import Runtime
-from .adapter import Adapter, Resolved, Table
+from ..tables import Table
+from ..tables.index import KeyLookup
+from ..temperature import Temperatures
+from .adapter import Adapter, Resolved
 
 WARNING, INFO = "warning", "info"
 
@@ -48,6 +49,8 @@ class Facts:
         folder: of ``mmts.yaml`` and ``mmts.jsonl``, none that the host lists; ``None`` where it saves nothing.
         resumed: the ``mmts.yaml`` of the run that is resumed, or what :meth:`Session.check_resumed` finds it by;
             ``None`` where none is.
+        reads: how it reads its captions, where that decides which they are: by the name under which a table records
+            it (``column``, ``separator``, ``suffix``, ``weights``), the value and the host's flag.
         done: why nothing is left to train, such as ``"3 of --epochs 3 are done"``; empty where something is.
         longer: how the user gets a run with a step at all.
         rank, world_size: of this process.
@@ -63,6 +66,7 @@ class Facts:
     rank: int = 0
     world_size: int = 1
     exchange: Optional[torch.device] = None
+    reads: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
 
 class Session:
@@ -94,6 +98,7 @@ class Session:
             raise ConfigError(f"the run has no optimizer step: {facts.longer}")
         self.adapter, self.facts = adapter, facts
         self.config, self.table = resolved.config, resolved.table
+        self._source = "no table" if self.table is None else self.table.source
         self._values = record(
             self.config,
             facts.total_steps,
@@ -105,12 +110,14 @@ class Session:
             check_ranks_agree(self._values, facts.rank, facts.world_size, facts.exchange or facts.device)
         if facts.resumed is not None:
             self.check_resumed(facts.resumed, self._values, resolved.allow_change)
+        if resolved.shifted is not None:
+            self._check_reading(resolved.shifted, resolved.allow_change)
         self.index = None if resolved.shifted is None else index(resolved.shifted)
         frequencies = np.ones(1) if self.index is None else self.index.frequencies
-        self.runtime = Runtime(self.config, self.table, frequencies, facts.total_steps, facts.device)
+        self.tau = Temperatures(self.config, resolved.described, frequencies, facts.total_steps, facts.device)
         self._meter = Meter()
         path = None if facts.folder is None else facts.folder / LOG_NAME
-        self._live = Live(self.runtime, self.write_values, path, facts.rank, facts.world_size)
+        self._diagnostics = Diagnostics(self.tau, self.write_values, path, facts.rank, facts.world_size)
         self._guard: Optional[HitGuard] = None
         self._opened, self._taken = False, 0
         self._modules: dict[tuple[tuple[str, bool], ...], nn.Module] = {}
@@ -134,25 +141,44 @@ class Session:
         """
         check_resume(saved, values, allow_change, self.table)
 
-    def describe_table(self) -> str:
+    def describe_table(self, table: Table) -> str:
         """The banner's second line."""
-        table = self.table
-        assert table is not None
         return (
             f"{table.source}: {len(table)} {table.kind}{'es' if table.kind == 'class' else 's'} in {table.clusters} "
             f"clusters, {table.samples} samples, hash {table.content_hash}"
         )
 
+    def _check_reading(self, table: Table, allow_change: bool) -> None:
+        """A table made of one column of a file knows little of a run on another."""
+        made = table.info.get("read")
+        made = made if isinstance(made, dict) else {}
+        for name, (value, flag) in self.facts.reads.items():
+            if name == "weights":
+                if made.get(name, "") != value:
+                    self._tell(
+                        WARNING,
+                        f"{flag}: the run draws its sources as {value}, and {table.source} counts them "
+                        f"{'as ' + str(made[name]) if name in made else 'alike'}; make it with: mmts cluster --weights",
+                    )
+            elif made.get(name, value) not in (value, None):
+                problem = (
+                    f"{table.source} was made of {name} {shown(made[name])}, but this run trains on {name} "
+                    f"{shown(value)} ({flag}); make the table of what is trained on"
+                )
+                if not allow_change:
+                    raise ConfigError(f"{problem}, or go on anyway with --mmts-allow-config-change")
+                self._tell(WARNING, f"{problem} (allowed by --mmts-allow-config-change)")
+
     # -- given --------------------------------------------------------------------------------------------------------
 
     def _banner(self) -> None:
-        self._tell(INFO, self.runtime.describe())
-        for warning in self.runtime.warnings():
+        self._tell(INFO, self.tau.describe())
+        for warning in self.tau.warnings():
             self._tell(WARNING, warning)
         if self.facts.done:
             self._tell(WARNING, f"{self.facts.done}: nothing is trained")
         if self.table is not None:
-            self._tell(INFO, self.describe_table())
+            self._tell(INFO, self.describe_table(self.table))
 
     def _tell(self, level: str, text: str) -> None:
         if self.facts.rank == 0:
@@ -168,7 +194,7 @@ class Session:
             write_record(self.facts.folder / FILE_NAME, self._values)
 
     def judge_before(self, absent: Sequence[str], total: int, what: str, found_by: str = "", hint: str = "") -> None:
-        """Judge samples that are all known before training, on every rank alike; see :func:`.hits.judge`.
+        """Judge samples that are all known before training, on every rank alike; see :func:`.hits.judge_known`.
 
         Args:
             absent: keys of those of ``total`` samples that the table lacks.
@@ -177,11 +203,7 @@ class Session:
         Raises:
             TableError: too many.
         """
-        assert self.table is not None
-        examples = list(dict.fromkeys(absent))
-        warning = judge(
-            len(absent), total, f"{total} {what}", self.table.source, self.config.missing, examples, found_by, hint
-        )
+        warning = judge_known(absent, total, what, self._source, self.config.missing, found_by, hint)
         if warning is not None:
             self._tell(WARNING, warning)
 
@@ -192,12 +214,12 @@ class Session:
             what: the samples, such as ``"training captions"``.
             text: makes an example of a sample as :meth:`temperatures` is given it.
         """
-        facts, table = self.facts, self.table
-        if self.index is None or table is None:
+        facts = self.facts
+        if self.index is None:
             return
         self._guard = HitGuard(
             what,
-            table.source,
+            self._source,
             self.config.missing,
             text,
             lambda warning: self._tell(WARNING, warning),
@@ -216,8 +238,13 @@ class Session:
             self._guard.conclude()
 
     @property
+    def values(self) -> Mapping[str, Any]:
+        """What ``mmts.yaml`` has of this run, for a host that keeps it in its checkpoints."""
+        return self._values
+
+    @property
     def step(self) -> int:
-        return self.runtime.step
+        return self.tau.step
 
     def at_step(self, step: int) -> None:
         """The host's optimizer step, before its forward pass; as often as the host likes to say it.
@@ -233,7 +260,7 @@ class Session:
                 "plain training would go on unnoticed. See: mmts doctor"
             )
         self._opened, self._taken = True, 0
-        self.runtime.step = step
+        self.tau.step = step
 
     def temperatures(self, samples: Any, counted: bool = True) -> Tensor:
         """``n`` samples, as the index takes them, to ``[n]`` temperatures (or margins) at the current step, Eq. 8.
@@ -250,13 +277,13 @@ class Session:
             index = torch.zeros(len(samples), dtype=torch.long, device=facts.device)
         else:
             index = torch.as_tensor(self.index(samples))
-        shift = self.runtime.shift(index)
+        shift = self.tau.shift(index)
         if counted:
-            missed = index == self.runtime.missing
+            missed = index == self.tau.missing
             self._meter.update(shift, missed)
             if self._guard is not None:
-                self._guard.see(missed, samples)
-        return shift + self.runtime.base
+                self._guard.add(missed, samples)
+        return shift + self.tau.base
 
     def module(
         self, local_loss: bool = False, gather_with_grad: bool = False, label_smoothing: float = 0.0
@@ -285,8 +312,8 @@ class Session:
         return value
 
     def watch(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> None:
-        """Where the loss is: measure the batch every ``diagnostics_every`` steps; see :meth:`.live.Live.watch`."""
-        self._live.watch(image_features, text_features, temperature)
+        """Where the loss is: measure the batch, where it is due; see :meth:`.diagnostics.Diagnostics.watch`."""
+        self._diagnostics.watch(image_features, text_features, temperature)
 
     def loss_taken(self) -> None:
         """A loss of this step is ours.
@@ -304,8 +331,8 @@ class Session:
         """Values of the samples since the last report: to the host's loggers, and as a ``line``. On rank 0."""
         if self.facts.rank != 0 or not self._meter.samples:
             return {}
-        values = self._meter.read(self.runtime)
-        self._live.report(values)
+        values = self._meter.read(self.tau)
+        self._diagnostics.report(values)
         if line:
-            self.say(INFO, one_line(step_line(self.runtime, values)))
+            self.say(INFO, one_line(step_line(self.tau, values)))
         return values

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..clusters import ClusterTable
+from ..tables import ClusterTable
 
 _WORD = re.compile(r"[^\W\d_]\w+")
 _KEYS_READ = 200_000  # for words; enough to tell clusters apart, and seconds for a table of any size

@@ -6,28 +6,32 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
 from .. import losses
 from .._files import replacing
-from ..clusters import CAPTION
 from ..config import THIRDS, of_options
 from ..errors import ConfigError, MMTSError, one_line, reading
 from ..fields import TEXT, WHOLE, Field, check_mapping
 from ..markdown import line
 from ..options import COMMON
-from ..plan import Plan, named_table
-from ..record import FILE_NAME, RECORDED
+from ..preview import Preview, named_table
+from ..record import FILE_NAME, RECORDED, says_something
+from ..tables import CAPTION
+from . import temperatures
 from .logs import Metric, Score, TrainingLog, read_run
 from .page import Page, number, slugs
 from .plots import HEAD, MIDDLE, MOST_PANELS, PLAIN, SERIES, TAIL, legend_above, literal, new_figure, save
 from .schedule import draw_run
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _COLOUR_OF_THIRD = dict(zip(THIRDS, (HEAD, MIDDLE, TAIL)))
 _PERCENT = re.compile(r"R@\d+$|mAP|nDCG|top\d$|accuracy|class_mean|mean_recall")
-_SCHEDULE_SERIES = ("tau_base", "tau_mean", "tau_min", "tau_max", "tau_head", "tau_mid", "tau_tail", "scale_mean",
+_SCHEDULE_SERIES = ("tau_base", "tau_mean", "tau_min", "tau_max", "tau_head", "tau_middle", "tau_tail", "scale_mean",
                     "learned_temperature", "loss", *(f"loss_{third}" for third in THIRDS))  # fmt: skip
 _UNINTERESTING = ("name", "logs", "log_path", "checkpoint_path", "tensorboard_path", "resume", "wandb_notes")
 _CLOSE = 1e-6  # of logged and configured base temperature; float32 or a printed number explains no more
@@ -43,8 +47,11 @@ _PLANNED = {
             "shift_max",
             "num_oscillations",
             "period",
+            "start_phase",
             "no_schedule",
             "no_shifts",
+            "mean_matched",
+            "shuffle_shifts",
             "clusters",
         )
     },
@@ -52,7 +59,7 @@ _PLANNED = {
     "total_steps": Field(WHOLE, least=1),
     "table_hash": RECORDED["table_hash"],
 }
-"""What of a record makes its plan; the rest is shown as it is."""
+"""What of a record makes its preview; the rest is shown as it is."""
 
 
 def write(inputs: Sequence[str], folder: Path) -> list[Path]:
@@ -69,7 +76,7 @@ def write(inputs: Sequence[str], folder: Path) -> list[Path]:
         ConfigError: none of the inputs is a run.
     """
     runs, refused = _read(inputs)
-    plans = [_plan(run) for run in runs]
+    previews = [_preview(run) for run in runs]
     page = Page(
         f"Training run: {runs[0].name}" if len(runs) == 1 else "Training runs: " + ", ".join(r.name for r in runs)
     )
@@ -82,18 +89,20 @@ def write(inputs: Sequence[str], folder: Path) -> list[Path]:
 
     for message in refused:
         page.note(message)
-    for run, (_, notes) in zip(runs, plans):
+    for run, (_, notes) in zip(runs, previews):
         for note in [*run.notes, *notes]:
             page.note(f"{run.name}: {note}.")
     page.heading("Configuration")
     _configuration(page, runs)
     page.heading("Cluster table")
-    _tables(page, runs, plans)
+    _tables(page, runs, previews)
     page.heading("Schedule")
-    for text in _followed(runs, plans):
+    for text in _followed(runs, previews):
         page.text(text)
     page.text("Lines are what was configured, dots what training logged.", small=True)
-    picture("schedule.png", plot_schedule(folder / "schedule.png", runs, [plan for plan, _ in plans]))
+    picture("schedule.png", plot_schedule(folder / "schedule.png", runs, [preview for preview, _ in previews]))
+    if temperatures.section(page, runs, folder / "temperatures.png"):
+        written.append(folder / "temperatures.png")
     page.heading("Losses")
     page.text("Losses at other temperatures are on other scales: compare metrics, not losses.", small=True)
     picture("loss.png", plot_losses(folder / "loss.png", runs))
@@ -142,11 +151,10 @@ def _read(inputs: Sequence[str]) -> tuple[list[TrainingLog], list[str]]:
     return runs, refused
 
 
-def _plan(run: TrainingLog) -> tuple[Optional[Plan], list[str]]:
+def _preview(run: TrainingLog) -> tuple[Optional[Preview], list[str]]:
     """The schedule that a run's record sets, and what is missing for it."""
-    if not run.record:
+    if run.record_path is None or not run.record:
         return None, []
-    assert run.record_path is not None
     notes: list[str] = []
     try:
         with reading(FILE_NAME, "does not describe a schedule", ConfigError):
@@ -154,11 +162,11 @@ def _plan(run: TrainingLog) -> tuple[Optional[Plan], list[str]]:
             required = ("loss", "alpha", "shift_min", "shift_max", "total_steps")
             values = check_mapping(FILE_NAME, given, _PLANNED, required)
             table, why = named_table(values, run.record_path)
-            if table is None and not values.get("no_shifts"):
+            if table is None and (values.get("mean_matched") or not values.get("no_shifts")):
                 notes.append(f"the cluster table cannot be shown: {why}")
-            plan = Plan(values, values["total_steps"], table, run.name)
-            _ = plan.shifts  # may not fit the table
-            return plan, notes
+            preview = Preview(values, values["total_steps"], table, run.name)
+            _ = preview.shifts  # may not fit the table
+            return preview, notes
     except MMTSError as error:
         return None, [*notes, f"its {FILE_NAME} does not describe a schedule ({error})"]
 
@@ -182,11 +190,11 @@ def _configuration(page: Page, runs: Sequence[TrainingLog]) -> None:
         page.text(f"No run has an {FILE_NAME}.")
 
 
-def _tables(page: Page, runs: Sequence[TrainingLog], plans: Sequence[tuple[Optional[Plan], list[str]]]) -> None:
+def _tables(page: Page, runs: Sequence[TrainingLog], previews: Sequence[tuple[Optional[Preview], list[str]]]) -> None:
     rows = []
-    for run, (plan, _) in zip(runs, plans):
-        if plan is not None and plan.table is not None:
-            table = plan.table
+    for run, (preview, _) in zip(runs, previews):
+        if preview is not None and preview.table is not None:
+            table = preview.table
             rows.append([run.name, f"{len(table):,} {'captions' if table.kind == CAPTION else 'classes'}",
                          f"{table.clusters:,}", f"{table.samples:,}",
                          f"{number(table.summary.low)} to {number(table.summary.high)}"])  # fmt: skip
@@ -227,41 +235,51 @@ def _shown(value: Any) -> str:
 # -- schedule ----------------------------------------------------------------------------------------------------------
 
 
-def _followed(runs: Sequence[TrainingLog], plans: Sequence[tuple[Optional[Plan], list[str]]]) -> list[str]:
+def _followed(runs: Sequence[TrainingLog], previews: Sequence[tuple[Optional[Preview], list[str]]]) -> list[str]:
     """Whether the logged base temperature is the configured one."""
     said = []
-    for run, (plan, _) in zip(runs, plans):
-        if plan is None or "tau_base" not in run.series:
+    for run, (preview, _) in zip(runs, previews):
+        if preview is None or "tau_base" not in run.series:
             continue
-        off = np.abs(run.series["tau_base"][:, 1] - plan.base(run.steps))
+        off = np.abs(run.series["tau_base"][:, 1] - preview.base(run.steps))
         worst = int(off.argmax())
         said.append(
             f"{run.name}: the base temperature that training logged is the configured cosine at all {len(off):,} "
             f"logged steps (greatest difference {off[worst]:.1e})."
-            if off[worst] <= _CLOSE + 1e-4 * plan.schedule.alpha
+            if off[worst] <= _CLOSE + 1e-4 * preview.schedule.alpha
             else f"{run.name}: the base temperature that training logged is NOT the configured cosine: at step "
             f"{run.steps[worst]:,} it is {off[worst]:.4f} away. Was the run resumed with another length or config?"
         )
     return said
 
 
-def plot_schedule(path: Path, runs: Sequence[TrainingLog], plans: Sequence[Optional[Plan]]) -> Optional[str]:
+def _draw(axes: Axes, series: np.ndarray, color: str, linewidth: float = 1.6, label: Optional[str] = None) -> None:
+    """``[n, 2]`` share of the run in per cent and value, as a line; where only one was logged, as a dot."""
+    one = len(series) == 1
+    axes.plot(*series.T, color=color, linewidth=linewidth, label=label, marker="." if one else "", clip_on=not one)
+
+
+def plot_schedule(path: Path, runs: Sequence[TrainingLog], previews: Sequence[Optional[Preview]]) -> Optional[str]:
     """The configured temperatures as lines, the logged ones as dots; of plain runs, the learned one.
 
     Returns:
         A description, or None where there is nothing to draw.
     """
-    shown = [(run, plan) for run, plan in zip(runs, plans) if plan is not None or "learned_temperature" in run.series]
+    shown = [
+        (run, preview)
+        for run, preview in zip(runs, previews)
+        if preview is not None or "learned_temperature" in run.series
+    ]
     if not shown:
         return None
     said = _left_out(len(shown), MOST_PANELS, "runs")
     shown = shown[:MOST_PANELS]
     figure, panels = new_figure(1.0 + 2.5 * len(shown), [1] * len(shown))
     legend = None
-    for axes, (run, plan) in zip(panels, shown):
+    for axes, (run, preview) in zip(panels, shown):
         axes.set_title(literal(run.name), fontsize=10, loc="left")
-        if plan is None:
-            axes.plot(*run.series["learned_temperature"].T, color=PLAIN, linewidth=2)
+        if preview is None:
+            _draw(axes, run.series["learned_temperature"], color=PLAIN, linewidth=2)
             axes.set_ylim(0, 1.15 * run.series["learned_temperature"][:, 1].max())
             axes.set_xlim(0, 100)
             axes.set_xlabel("share of the run, %")
@@ -270,19 +288,19 @@ def plot_schedule(path: Path, runs: Sequence[TrainingLog], plans: Sequence[Optio
                 f"{run.name}: one learned temperature, {run.series['learned_temperature'][-1, 1]:.4f} at the end"
             )
             continue
-        draw_run(axes, plan)
+        draw_run(axes, preview)
         axes.set_xlabel("optimizer step")
         for third in THIRDS:
             logged = run.series.get(f"tau_{third}")
             if logged is not None:
-                axes.plot(logged[:, 0] / 100 * plan.total_steps, logged[:, 1], ".", color=_COLOUR_OF_THIRD[third],
+                axes.plot(logged[:, 0] / 100 * preview.total_steps, logged[:, 1], ".", color=_COLOUR_OF_THIRD[third],
                           markersize=5)  # fmt: skip
-        if legend is None or len(plan.shifts) > len(legend[1].shifts):
-            legend = (axes, plan)
-        shifts = plan.shifts.values()
-        half = plan.schedule.alpha / 2
-        said.append(f"{run.name}: {plan.kind.number}s from {min(shifts) - half:.4g} to "
-                    f"{max(shifts) + half:.4g} over {plan.total_steps:,} steps")  # fmt: skip
+        if legend is None or len(preview.shifts) > len(legend[1].shifts):
+            legend = (axes, preview)
+        shifts = preview.shifts.values()
+        half = preview.schedule.alpha / 2
+        said.append(f"{run.name}: {preview.kind.number}s from {min(shifts) - half:.4g} to "
+                    f"{max(shifts) + half:.4g} over {preview.total_steps:,} steps")  # fmt: skip
     if legend is not None:
         legend_above(figure, legend[0], columns=3)
     save(figure, path)
@@ -303,13 +321,12 @@ def plot_losses(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
     for index, run in enumerate(runs):
         if "loss" in run.series:
             values = run.series["loss"]
-            panels[0].plot(*values.T, color=_colour(runs, index), linewidth=1.6, label=literal(run.name))
+            _draw(panels[0], values, color=_colour(runs, index), label=literal(run.name))
             said.append(f"{run.name}: from {values[0, 1]:.4g} to {values[-1, 1]:.4g}")
     for axes, run in zip(panels[1:], by_third):
         for third in THIRDS:
             if f"loss_{third}" in run.series:
-                axes.plot(*run.series[f"loss_{third}"].T, color=_COLOUR_OF_THIRD[third], linewidth=1.6,
-                          label="middle" if third == "mid" else third)  # fmt: skip
+                _draw(axes, run.series[f"loss_{third}"], color=_COLOUR_OF_THIRD[third], label=third)
         axes.set_title(f"{literal(run.name)}, by third of the samples", fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=9, ncols=3)
     for axes in panels:
@@ -334,7 +351,7 @@ def plot_diagnostics(path: Path, runs: Sequence[TrainingLog]) -> Optional[str]:
     for axes, name in zip(panels, names):
         for index, run in enumerate(runs):
             if name in run.series:
-                axes.plot(*run.series[name].T, color=_colour(runs, index), linewidth=1.6, label=literal(run.name))
+                _draw(axes, run.series[name], color=_colour(runs, index), label=literal(run.name))
         axes.set_title(literal(name.replace("_", " ")), fontsize=10, loc="left")
         axes.set_xlim(0, 100)
     panels[-1].set_xlabel("share of the run, %")
@@ -494,7 +511,7 @@ def model_card(run: TrainingLog) -> str:
     # Of the table's path the last part alone: a card is shared, its author's folders are not.
     shown = {name: Path(str(value)).name if name == "clusters" and value else value for name, value in record.items()}
     lines += [line([_cell(name), _cell(_shown(value))]) for name, value in shown.items()
-              if value not in (None, False) and name not in ("host", "host_version", "mmts_plugins")]  # fmt: skip
+              if says_something(name, value) and name not in ("host", "host_version", "mmts_plugins")]  # fmt: skip
     if run.metrics:
         thirds = any(metric.thirds for metric in run.metrics.values())
         columns = ["all", *(("head", "middle", "tail") if thirds else ())]
@@ -511,9 +528,13 @@ def model_card(run: TrainingLog) -> str:
 def _method(record: dict[str, Any], what: str) -> str:
     """The method as the run used it, ablations too."""
     shift = "a shift that grows with the frequency of its concept"
+    if record.get("shuffle_shifts") is not None:
+        shift = "a shift that belongs to another caption (a control: the shifts were shuffled)"
     if record.get("no_shifts"):
-        return f"the {what} of all training samples " + ("was constant" if record.get("no_schedule") else
-                                                         "moved on a cosine over the run (schedule alone)")  # fmt: skip
+        mean = ", with the mean of the cluster table's shifts" if record.get("mean_matched") else ""
+        return f"the {what} of all training samples " + (
+            f"was constant{mean}" if record.get("no_schedule") else
+            f"moved on a cosine over the run (schedule alone{mean})")  # fmt: skip
     if record.get("no_schedule"):
         return f"the {what} of every training sample was {shift} (shifts alone)"
     return f"the {what} of every training sample was the sum of a cosine over the run and {shift}"

@@ -15,7 +15,7 @@ from ..errors import ConfigError, shown
 from ..fields import WHOLE, Field
 from ..hosts.registry import adapters
 from ..options import COMMON
-from ..plan import Plan, named_table, read_table
+from ..preview import Preview, named_table, read_table
 from ..record import read_record
 from .plots import BASE, FORBIDDEN, HEAD, MIDDLE, TAIL, blank_figure, literal, save, style
 
@@ -30,15 +30,15 @@ _BROADEST = 0.5  # how far below the hardest negative the weights are drawn, in 
 _COLOURS = {"rarest": TAIL, "tail": TAIL, "middle": MIDDLE, "all": MIDDLE, "head": HEAD, "most common": HEAD}
 
 
-def plans(
+def previews(
     presets: Sequence[str],
     configs: Sequence[str],
     table: Optional[str],
     total_steps: Optional[int],
     changes: dict[str, float],
     default_steps: int,
-) -> list[Plan]:
-    """One plan for each preset and each ``mmts.yaml``.
+) -> list[Preview]:
+    """One preview for each preset and each ``mmts.yaml``.
 
     Args:
         presets: names.
@@ -59,14 +59,14 @@ def plans(
         raise ConfigError(f"--total-steps is {shown(total_steps)}: too large")
     loaded = None if table is None else read_table(table)
     steps = default_steps if total_steps is None else total_steps
-    found = [Plan.of_preset(name, steps, loaded, **changes) for name in presets]
+    found = [Preview.of_preset(name, steps, loaded, **changes) for name in presets]
     flags = {f"mmts_{name}": value for name, value in changes.items()}
     for path in configs:
         record = read_record(path)
         values = merge({"mmts_config": path, **flags}, _adapter_of(record))
         steps = total_steps if total_steps is not None else record.get("total_steps", default_steps)
         steps = Field(WHOLE, least=1, most=_MOST_STEPS).check(f"{path}: field 'total_steps'", steps)
-        found.append(Plan(values, steps, loaded or named_table(record, path)[0], path))
+        found.append(Preview(values, steps, loaded or named_table(record, path)[0], path))
     return found
 
 
@@ -77,104 +77,105 @@ def _adapter_of(record: dict[str, Any]) -> Adapter:
     return next((each for each in known if host in (each.name, each.title, each.recorded)), known[0])
 
 
-def say(plan: Plan) -> str:
-    """The plot of a plan in words: its range, how unequal negatives weigh at its ends, and the guard it breaks."""
-    low, high = _range(plan)
-    what = plan.kind.number
-    names = list(plan.shifts)
+def say(preview: Preview) -> str:
+    """The plot of a preview in words: its range, how unequal negatives weigh at its ends, and the guard it breaks."""
+    low, high = _range(preview)
+    what = preview.kind.number
+    names = list(preview.shifts)
     ends = "" if len(names) == 1 else f" ({names[0]}, at the lowest) to {high:.4g} ({names[-1]}, at the highest)"
-    text = f"{plan.name}: {what} {low:.4g}" + (ends or f" to {high:.4g}")
-    if not plan.kind.is_margin and low > 0:
+    text = f"{preview.name}: {what} {low:.4g}" + (ends or f" to {high:.4g}")
+    if not preview.kind.is_margin and low > 0:
         text += (
             f"; a negative 0.1 less similar than the hardest weighs {math.exp(-0.1 / low):.1%} of it at the lowest, "
             f"{math.exp(-0.1 / high):.1%} at the highest"
         )
-    return text + (f". A run refuses this: {plan.problem}" if plan.problem else "")
+    return text + (f". A run refuses this: {preview.problem}" if preview.problem else "")
 
 
-def plot(plans: Sequence[Plan], path: Path) -> None:
-    """Write a PNG: a row for each plan, its temperatures on the left, the weights of negatives on the right."""
-    figure = blank_figure(9.6, 3.9 * len(plans))
-    for plan, part in zip(plans, figure.subfigures(len(plans), 1, squeeze=False)[:, 0]):
+def plot(previews: Sequence[Preview], path: Path) -> None:
+    """Write a PNG: a row for each preview, its temperatures on the left, the weights of negatives on the right."""
+    figure = blank_figure(9.6, 3.9 * len(previews))
+    for preview, part in zip(previews, figure.subfigures(len(previews), 1, squeeze=False)[:, 0]):
         axes = part.subplot_mosaic([["run", "weights"], ["base", "weights"]], height_ratios=(3.4, 1),
                                    width_ratios=(1.75, 1))  # fmt: skip
         for each in axes.values():
             style(each)
-        draw_run(axes["run"], plan)
-        draw_base(axes["base"], plan)
-        draw_weights(axes["weights"], plan)
+        draw_run(axes["run"], preview)
+        draw_base(axes["base"], preview)
+        draw_weights(axes["weights"], preview)
         axes["run"].tick_params(labelbottom=False)
         part.legend(*axes["run"].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False,
                     fontsize=9)  # fmt: skip
-        values = plan.values
-        title = f"{literal(plan.name)}: {values['loss']}, alpha {values['alpha']:g}, shifts {values['shift_min']:g} to "
-        part.suptitle(f"{title}{values['shift_max']:g}", fontsize=11, fontweight="bold", x=0.01, ha="left")
-        if plan.problem:
-            lines = [literal(line, 84) for line in textwrap.wrap(plan.problem, 84)]
+        values = preview.values
+        shifts = f"shifts {values['shift_min']:g} to {values['shift_max']:g}"
+        title = f"{literal(preview.name)}: {values['loss']}, alpha {values['alpha']:g}, {shifts}"
+        part.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        if preview.problem:
+            lines = [literal(line, 84) for line in textwrap.wrap(preview.problem, 84)]
             axes["run"].set_title("\n".join(lines), fontsize=8.5, color=FORBIDDEN, loc="left")
     save(figure, path)
 
 
-def draw_run(axes: Axes, plan: Plan) -> None:
-    """Temperatures (or margins) of the plan's concepts over the run, what a guard forbids in red."""
-    steps = _steps(plan)
-    base = plan.base(steps)
-    for name, shift in plan.shifts.items():
-        edge = name in ("rarest", "most common") and "head" in plan.shifts
+def draw_run(axes: Axes, preview: Preview) -> None:
+    """Temperatures (or margins) of the preview's concepts over the run, what a guard forbids in red."""
+    steps = _steps(preview)
+    base = preview.base(steps)
+    for name, shift in preview.shifts.items():
+        edge = name in ("rarest", "most common") and "head" in preview.shifts
         curve = base + shift
         axes.plot(steps, curve, color=_COLOURS[name], linewidth=1 if edge else 2, linestyle=":" if edge else "-",
-                  label=name if edge or plan.table is None else f"{name} third")  # fmt: skip
-        forbidden = np.array([plan.kind.forbids(value) for value in curve])
+                  label=name if edge or preview.table is None else f"{name} third")  # fmt: skip
+        forbidden = np.array([preview.kind.forbids(value) for value in curve])
         axes.plot(steps, np.where(forbidden, curve, np.nan), color=FORBIDDEN, linewidth=4, alpha=0.6)
-    low, high = _range(plan)
+    low, high = _range(preview)
     axes.set_ylim(min(0.0, low * 1.15), high * 1.06)
-    if low < 0 or (low == 0 and not plan.kind.is_margin):
+    if low < 0 or (low == 0 and not preview.kind.is_margin):
         axes.axhspan(axes.get_ylim()[0], 0, color=FORBIDDEN, alpha=0.08)
         axes.axhline(0, color=FORBIDDEN, linewidth=1)
-    if not plan.kind.is_margin and low < 2 * SMALLEST_CALM_TEMPERATURE:
+    if not preview.kind.is_margin and low < 2 * SMALLEST_CALM_TEMPERATURE:
         axes.axhline(SMALLEST_CALM_TEMPERATURE, color=FORBIDDEN, linewidth=1, linestyle="--")
         axes.annotate("0.01: a logit scale of 100", (steps[-1], SMALLEST_CALM_TEMPERATURE), (0, 2), fontsize=8,
                       textcoords="offset points", ha="right", color=FORBIDDEN,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
-    axes.set_xlim(0, max(plan.total_steps - 1, 1))
-    axes.set_ylabel(plan.kind.number)
+    axes.set_xlim(0, max(preview.total_steps - 1, 1))
+    axes.set_ylabel(preview.kind.number)
 
 
-def draw_base(axes: Axes, plan: Plan) -> None:
+def draw_base(axes: Axes, preview: Preview) -> None:
     """The cosine that all samples share, Eq. 7."""
-    steps = _steps(plan)
-    axes.plot(steps, plan.base(steps), color=BASE, linewidth=1.6)
+    steps = _steps(preview)
+    axes.plot(steps, preview.base(steps), color=BASE, linewidth=1.6)
     axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axes.set_xlim(0, max(plan.total_steps - 1, 1))
+    axes.set_xlim(0, max(preview.total_steps - 1, 1))
     axes.set_ylabel("base")
     axes.set_xlabel("optimizer step")
 
 
-def draw_weights(axes: Axes, plan: Plan) -> None:
+def draw_weights(axes: Axes, preview: Preview) -> None:
     """Fig. 1 of the paper at the schedule's extremes: what a negative weighs (:meth:`.losses.LossKind.weight`)."""
-    half = plan.schedule.alpha / 2
-    names = list(plan.shifts)
+    half = preview.schedule.alpha / 2
+    names = list(preview.shifts)
     chosen = ["tail", "head"] if "head" in names else list(dict.fromkeys([names[0], names[-1]]))
     gap = np.linspace(-_BROADEST, 0, 600)
     for name in chosen:
         for base, dashes, where in ((-half, (3, 1.5), "lowest"), (half, (None, None), "highest")):
-            value = plan.shifts[name] + base
-            weight = plan.kind.weight(gap, value)
+            value = preview.shifts[name] + base
+            weight = preview.kind.weight(gap, value)
             if weight is not None:
                 axes.plot(gap, weight, color=_COLOURS[name], dashes=dashes, linewidth=1.8,
                           label=f"{name}, {where}: {value:.3g}")  # fmt: skip
     axes.set_xlim(-_BROADEST, 0)
     axes.set_ylim(0, 1.42)  # room for the legend
     axes.set_yticks(np.arange(0, 1.01, 0.25))
-    axes.set_ylabel(plan.kind.weight_label)
-    axes.set_xlabel(plan.kind.gap_label)
+    axes.set_ylabel(preview.kind.weight_label)
+    axes.set_xlabel(preview.kind.gap_label)
     axes.legend(loc="upper left", frameon=False, fontsize=8.5, title_fontsize=8.5)
 
 
-def _range(plan: Plan) -> tuple[float, float]:
-    shifts, half = plan.shifts.values(), plan.schedule.alpha / 2
+def _range(preview: Preview) -> tuple[float, float]:
+    shifts, half = preview.shifts.values(), preview.schedule.alpha / 2
     return min(shifts) - half, max(shifts) + half
 
 
-def _steps(plan: Plan) -> np.ndarray[Any, Any]:
-    return np.unique(np.linspace(0, plan.total_steps - 1, min(plan.total_steps, _POINTS)).round())
+def _steps(preview: Preview) -> np.ndarray[Any, Any]:
+    return np.unique(np.linspace(0, preview.total_steps - 1, min(preview.total_steps, _POINTS)).round())

@@ -15,12 +15,12 @@ import numpy as np
 
 from .. import losses
 from .._files import replacing
-from ..clusters import CAPTION, CLASS, ClusterTable
 from ..data.embeddings import LARGEST, check_finite, read_embeddings
 from ..errors import ConfigError, MMTSError, TableError, one_line, reading, shown
 from ..hosts.registry import adapters
-from ..plan import Plan, read_table
 from ..presets import presets
+from ..preview import Preview, read_table
+from ..tables import CAPTION, CLASS, ClusterTable
 from .concepts import Concepts, examples, shortened, telling_words
 from .page import Page, number, slugs
 from .plots import MIDDLE, SERIES, legend_above, literal, logarithmic, new_figure, save, tail_to_head
@@ -53,7 +53,7 @@ class Shown:
 
     name: str
     table: ClusterTable
-    plan: Plan
+    preview: Preview
     concepts: Concepts
 
     @property
@@ -168,9 +168,9 @@ def _shown(name: str, table: ClusterTable, options: Options) -> Shown:
     preset = options.preset or _default_preset(table)
     if preset not in presets():
         raise ConfigError(f"unknown --preset {preset!r}; choose from {', '.join(presets())}")
-    plan = Plan.of_preset(preset, 1, table)
+    preview = Preview.of_preset(preset, 1, table)
     return Shown(
-        name, table, plan, Concepts.of(table, table.shifts(plan.values["shift_min"], plan.values["shift_max"]))
+        name, table, preview, Concepts.of(table, table.shifts(preview.values["shift_min"], preview.values["shift_max"]))
     )
 
 
@@ -214,20 +214,20 @@ def _facts(page: Page, shown: Sequence[Shown]) -> None:
 def _temperatures(page: Page, shown: Sequence[Shown]) -> None:
     said = set()
     for each in shown:
-        values, half = each.plan.values, each.plan.schedule.alpha / 2
-        what = each.plan.kind.number
-        if each.plan.name not in said:
+        values, half = each.preview.values, each.preview.schedule.alpha / 2
+        what = each.preview.kind.number
+        if each.preview.name not in said:
             low, high = values["shift_min"], values["shift_max"]
             page.text(
-                f"Preset {each.plan.name}: shifts {low:g} to {high:g} (Eq. 6), alpha {2 * half:g}: every {what} moves "
-                f"by {half:g} up and down around its shift (Eqs. 7 and 8). Choose another with --preset."
+                f"Preset {each.preview.name}: shifts {low:g} to {high:g} (Eq. 6), alpha {2 * half:g}: every {what} "
+                f"moves by {half:g} up and down around its shift (Eqs. 7 and 8). Choose another with --preset."
             )
-            said.add(each.plan.name)
+            said.add(each.preview.name)
         if len(shown) > 1:
             page.subheading(each.name)
         frequencies = _thirds(each)
         rows = []
-        for name, shift in reversed(list(each.plan.shifts.items())):
+        for name, shift in reversed(list(each.preview.shifts.items())):
             label = name if name in ("rarest", "most common") else f"{name} third"
             rows.append([label, number(frequencies[name]), *(f"{x:.4f}" for x in (shift, shift - half, shift + half))])
         page.table(["", "frequency", "shift", f"lowest {what}", "highest"], rows)
@@ -265,7 +265,7 @@ def _examples(page: Page, each: Shown, words: Sequence[Sequence[str]], several: 
     count = len(each.concepts)
     large = range(min(_SHOWN, count))
     small = range(max(_SHOWN, count - _SHOWN), count)
-    half = each.plan.schedule.alpha / 2
+    half = each.preview.schedule.alpha / 2
     _section(page, "Examples of the most common and the rarest clusters", several)
     page.text("The words of a title tell the cluster from all others, by class-based TF-IDF.", small=True)
     for place in [*large, *small]:
@@ -275,7 +275,7 @@ def _examples(page: Page, each: Shown, words: Sequence[Sequence[str]], several: 
         shift = concepts.shift[place]
         page.text(
             f"{concepts.samples[place]:,} samples, frequency {number(concepts.frequency[place])}; shift {shift:.4f}, "
-            f"{each.plan.kind.number} {shift - half:.4f} to {shift + half:.4f}",
+            f"{each.preview.kind.number} {shift - half:.4f} to {shift + half:.4f}",
             small=True,
         )
         page.items(examples(each.table, members, _EXAMPLES))
@@ -332,7 +332,7 @@ def _words(each: Shown, seed: int) -> list[list[str]]:
 
 
 def _write_clusters(path: Path, each: Shown, words: Sequence[Sequence[str]]) -> None:
-    half, concepts = each.plan.schedule.alpha / 2, each.concepts
+    half, concepts = each.preview.schedule.alpha / 2, each.concepts
     _, first_key, keys = np.unique(concepts.place, return_index=True, return_counts=True)
     classes = each.table.kind == CLASS
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -404,15 +404,15 @@ def plot_temperatures(path: Path, shown: Sequence[Shown]) -> str:
     share = np.linspace(0, 1, _QUANTILES + 1)
     for index, each in enumerate(shown):
         color = MIDDLE if len(shown) == 1 else SERIES[index % len(SERIES)]
-        half = each.plan.schedule.alpha / 2
-        shifts = each.table.shifts(each.plan.values["shift_min"], each.plan.values["shift_max"])
+        half = each.preview.schedule.alpha / 2
+        shifts = each.table.shifts(each.preview.values["shift_min"], each.preview.values["shift_max"])
         order = np.argsort(-shifts, kind="stable")
         edges = np.cumsum(each.table.count[order]) / each.table.count.sum()
         shift = shifts[order][np.minimum(np.searchsorted(edges, share), len(order) - 1)]
-        axes.plot(100 * share, shift, color=color, linewidth=2, label=f"{each.label}: {each.plan.name}")
+        axes.plot(100 * share, shift, color=color, linewidth=2, label=f"{each.label}: {each.preview.name}")
         if len(shown) <= _BANDS:
             axes.fill_between(100 * share, shift - half, shift + half, color=color, alpha=0.15, linewidth=0)
-        said.append(f"{each.name}, preset {each.plan.name}: shift {shift[0]:.3f} for the most common samples, "
+        said.append(f"{each.name}, preset {each.preview.name}: shift {shift[0]:.3f} for the most common samples, "
                     f"{shift[_QUANTILES // 2]:.3f} for the median one, {shift[-1]:.3f} for the rarest, each moving by "
                     f"{half:g} up and down")  # fmt: skip
     for third in (100 / 3, 200 / 3):
@@ -521,7 +521,7 @@ def plot_map(path: Path, each: Shown, points: Points, projection: str) -> str:
         if len(inside):
             top.annotate(f"#{concept + 1}", np.median(inside, axis=0), fontsize=9, fontweight="bold", ha="center",
                          va="center", bbox=_LABEL)  # fmt: skip
-    shifts = each.table.shifts(each.plan.values["shift_min"], each.plan.values["shift_max"])[rows]
+    shifts = each.table.shifts(each.preview.values["shift_min"], each.preview.values["shift_max"])[rows]
     drawn = bottom.scatter(*where[order].T, c=shifts[order], cmap=tail_to_head(), s=size, linewidths=0)
     figure.colorbar(drawn, ax=bottom, label="shift", pad=0.02, aspect=30).outline.set_visible(False)
     for axes, title in (

@@ -341,7 +341,11 @@ def test_parquet_is_its_cells(
     if not edits:
         kept = [row for row in rows if not report or row[1] == "success"]
         expected = ["nan" if text is None else text for text, _, _ in kept for _ in range(2 if lists else 1)]
-        assert (ours.captions if ours else []) == expected == both
+        assert expected == both
+        if set(expected) == {"nan"}:
+            assert ours is None  # there is no caption in it
+            return
+        assert (ours.captions if ours else []) == expected
         assert (ours.labels if ours else []) == [str(number) for *_, number in kept for _ in range(2 if lists else 1)]
     elif ours is not None and both is not None:
         assert ours.captions == both

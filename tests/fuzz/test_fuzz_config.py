@@ -29,6 +29,9 @@ RECORD = {
     "preset": "clip-cc3m",
     "num_oscillations": 5.0,
     "period": 20.0,
+    "start_phase": 0.0,
+    "mean_matched": False,
+    "shuffle_shifts": None,
     "no_schedule": False,
     "no_shifts": False,
     "missing": "tail",
@@ -167,7 +170,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path_factory, alpha, shift, peri
     assert read_record(path) == values
     check_resume(path, values, allow_change=False)
     again = resolve({"mmts_config": str(path)})
-    assert {**again.values, "preset": None} == {**config.values, "preset": None}
+    assert {**again.values, "preset": None} == {**dict.fromkeys(again.own), **config.values, "preset": None}
 
 
 FLAGS = st.sampled_from(

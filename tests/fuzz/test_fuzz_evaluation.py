@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from mmts_plugins.errors import ConfigError
 from mmts_plugins.evaluation import evaluate, model, relevancy, sets
+from mmts_plugins.hosts import registry
 from mmts_plugins.report import logs, page, plots, run, table
 
 SINGLE = st.one_of(
@@ -58,6 +59,7 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    registry.adapters()  # imports torch, which no case is to be charged with
     return tmp_path_factory.mktemp("fuzzed")
 
 
@@ -141,7 +143,7 @@ def test_a_record_and_its_page(folder: Path, content: bytes) -> None:
     check(found)
     if found is None or not found.record:
         return
-    plan, notes = survives(lambda: run._plan(found))
+    plan, notes = survives(lambda: run._preview(found))
     if plan is None:
         assert any("does not describe a schedule" in note for note in notes)
     else:
@@ -262,7 +264,7 @@ def test_features(folder: Path, kind: str, suffix: str, data: st.DataObject) -> 
     content = data.draw(st.just(good) | damaged(good))
     path = folder / f"f{suffix}"
     path.write_bytes(content)
-    found = survives(lambda: evaluate._features(str(path), "--image-features"))
+    found = survives(lambda: evaluate.read_features(str(path), "--image-features"))
     if found is not None:
         assert found.dtype == torch.float32
         assert found.norm(dim=1).tolist() == pytest.approx([1] * len(found), abs=1e-5)
@@ -277,7 +279,7 @@ def test_features_of_any_magnitude(folder: Path, one: int, other: int, single: b
     with np.errstate(over="ignore", under="ignore"):
         points = points.astype(np.float32) if single else points
     np.save(folder / "m.npy", points)
-    found = survives(lambda: evaluate._features(str(folder / "m.npy"), "--image-features"))
+    found = survives(lambda: evaluate.read_features(str(folder / "m.npy"), "--image-features"))
     smallest = 2.0 ** (-145 if single else -1066)  # digits are left
     if np.isfinite(points).all() and np.abs(points).min() > smallest:
         assert found.tolist() == [pytest.approx([0.6, 0.8], abs=0.1), pytest.approx([-0.8, 0.6], abs=0.1)]

@@ -11,7 +11,7 @@ from fuzzing import fuzz, survives
 from hypothesis import strategies as st
 
 from mmts_plugins.adapters.avion import count_classes, load_classes
-from mmts_plugins.live import _append
+from mmts_plugins.diagnostics import _append
 
 CELLS = st.one_of(
     st.integers(-3, 10**20).map(str),

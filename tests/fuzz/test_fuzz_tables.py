@@ -17,10 +17,12 @@ import torch
 from fuzzing import fuzz, survives
 from hypothesis import strategies as st
 
-from mmts_plugins import _files, large, lookup
-from mmts_plugins.clusters import ClusterTable, legacy_hash
+from mmts_plugins import _files
 from mmts_plugins.data import cache
-from mmts_plugins.lookup import TokenLookup
+from mmts_plugins.tables import index
+from mmts_plugins.tables import streamed as large
+from mmts_plugins.tables.index import TokenLookup
+from mmts_plugins.tables.table import ClusterTable, legacy_hash
 
 KEYS = ["a dog", "A cat", "zwei Vögel", "", "a dog and a cat", "boat \n tree", "x" * 90]
 CLUSTER, FREQUENCY, COUNT = [0, 0, 1, 2, 0, 1, 3], [9.5, 9.5, 4.25, 1.0, 9.5, 4.25, 0.5], [3, 2, 4, 1, 4, 1, 1]
@@ -74,8 +76,8 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Any:
         return large.open_table(path)
 
     monkeypatch.setattr(large, "LARGE_FROM", 1)
-    monkeypatch.setattr(lookup, "_CACHE_FROM", 1)
-    monkeypatch.setattr(lookup, "_MOST_WORKERS", 0)
+    monkeypatch.setattr(index, "_CACHE_FROM", 1)
+    monkeypatch.setattr(index, "_MOST_WORKERS", 0)
     yield opened
     logging.disable(logging.NOTSET)
 

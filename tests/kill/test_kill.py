@@ -26,8 +26,8 @@ from conftest import REPOSITORY, openclip_flags
 from forked import _become, context, free_port, one_rank
 from hypothesis import settings
 
-from mmts_plugins.clusters import ClusterTable
 from mmts_plugins.compare.execute import torn
+from mmts_plugins.tables import ClusterTable
 
 LONG = settings.default.max_examples == settings.get_profile("long").max_examples  # type: ignore[union-attr]
 KILLS = {"cluster": 14, "report": 12, "compare": 14, "openclip": 10} if LONG else dict.fromkeys(

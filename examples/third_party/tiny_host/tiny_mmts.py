@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from mmts_plugins.hosts import Adapter, Facts, Host, Preset, Seam, Session, hookimpl
-from mmts_plugins.lookup import KeyLookup
 from mmts_plugins.options import split_flags
+from mmts_plugins.tables.index import KeyLookup
 
 
 class Tiny(Adapter):

@@ -1,7 +1,7 @@
 """Cluster tables too large to hold in memory: read in a stream, summarised once per node, never loaded whole.
 
-What training needs of a table is a handful of numbers (:class:`.clusters.Summary`), its content hash, and the index of
-:mod:`.lookup`. The first process of a node that opens the table reads it through once and leaves the numbers in the
+What training needs of a table is a handful of numbers (:class:`.table.Summary`), its content hash, and the index of
+:mod:`.index`. The first process of a node that opens the table reads it through once and leaves the numbers in the
 cache; the others wait for it and read those. The index is made later, and checks each row group that it reads.
 """
 
@@ -12,29 +12,27 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import stat_result
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO, Optional, Union
 
 import numpy as np
 
-from ._files import PathLike, cache_folder, cached, keep, one_at_a_time
-from .clusters import (
+from .._files import PathLike, cache_folder, cached, keep, one_at_a_time
+from ..errors import TableError, reading
+from ..fields import MAPPING, TEXT, TEXTS, WHOLE, Field
+from .hashing import ContentHash, legacy_hash
+from .parts import (
     CAPTION,
     CLASS,
     COLUMNS,
-    ClusterTable,
-    ContentHash,
-    Summary,
     check_counted,
     check_hash,
     check_numbers,
     check_stated_samples,
     columns_of,
-    legacy_hash,
-    longer_keys,
     opened,
     part_info,
     read_columns,
@@ -42,8 +40,8 @@ from .clusters import (
     table_files,
     whole_info,
 )
-from .errors import TableError, reading
-from .fields import MAPPING, TEXT, TEXTS, WHOLE, Field
+from .remote import located
+from .table import ClusterTable, Summary, longer_keys
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ _ROUNDING = 1 + 1e-9
 
 @dataclass(frozen=True)
 class LargeTable:
-    """The same table as :class:`.clusters.ClusterTable`, seen through a stream.
+    """The same table as :class:`.table.ClusterTable`, seen through a stream.
 
     Attributes:
         parts: its Parquet files, in order.
@@ -67,6 +65,7 @@ class LargeTable:
         levels: ``[<= LEVELS]`` ascending float64: all distinct frequencies, or evenly spaced ones where there are more.
         longest: as ``ClusterTable.longest``.
         groups: the content hash of each row group, in order.
+        shuffle: the seed by which captions swap frequencies, see :meth:`.table.ClusterTable.shuffled`.
     """
 
     parts: tuple[str, ...]
@@ -81,6 +80,7 @@ class LargeTable:
     levels: np.ndarray
     longest: list[str]
     groups: list[str]
+    shuffle: Optional[int] = None
 
     def __len__(self) -> int:
         return self.rows
@@ -93,6 +93,16 @@ class LargeTable:
     def has_hash(self, stated: object) -> bool:
         """As ``ClusterTable.has_hash``."""
         return stated == self.content_hash or stated == self.legacy_hash
+
+    def shuffled(self, seed: int) -> LargeTable:
+        """As ``ClusterTable.shuffled``; the swap is made with the index, in some 60 bytes a caption.
+
+        Raises:
+            TableError: a table of classes.
+        """
+        if self.kind != CAPTION:
+            raise TableError(f"{self.source}: --mmts-shuffle-shifts: {len(self):,} classes are too many to shuffle")
+        return replace(self, shuffle=seed)
 
     def probes(self, many: int) -> list[str]:
         """Some keys, from the start of each of its parts."""
@@ -117,7 +127,7 @@ class LargeTable:
         return groups
 
     def read_group(self, number: int, part: str, group: int) -> dict[str, Any]:
-        """The columns of one row group, as :meth:`.clusters.ContentHash.add` takes them.
+        """The columns of one row group, as :meth:`.table.ContentHash.add` takes them.
 
         Raises:
             TableError: it is not what it was when the table was read through.
@@ -135,15 +145,17 @@ def open_table(path: PathLike) -> Union[ClusterTable, LargeTable]:
     """Load a table, or look at one of more than ``LARGE_FROM`` keys through a stream.
 
     Raises:
-        TableError: as :meth:`.clusters.ClusterTable.load`. That a key occurs twice goes unnoticed in a large table.
+        TableError: as :meth:`.table.ClusterTable.load`. That a key occurs twice goes unnoticed in a large table.
     """
-    source = Path(path)
+    source = located(path)
     files = table_files(source)
     rows = 0
     for file in files:
         with opened(file) as parquet:
             rows += parquet.metadata.num_rows
-    return _look_at(source, files, rows) if rows >= LARGE_FROM else ClusterTable.load(path)
+    if rows < LARGE_FROM:
+        return ClusterTable.load(path)
+    return replace(_look_at(source, files, rows), source=str(path))
 
 
 def _look_at(source: Path, files: list[Path], rows: int) -> LargeTable:
@@ -310,7 +322,7 @@ def _by_group(file: PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _arrays(part: PathLike, batch: Any, names: Iterable[str] = COLUMNS) -> dict[str, Any]:
-    """Columns of one batch or table as :meth:`.clusters.ContentHash.add` takes them; ones where there are no counts."""
+    """Columns of one batch or table as :meth:`.table.ContentHash.add` takes them; ones where there are no counts."""
     columns: dict[str, Any] = read_columns(part, batch, names)
     arrays = {name: each if name == "key" else each.to_numpy(zero_copy_only=False) for name, each in columns.items()}
     if "count" in names:

@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._files import cache_folder, cached, keep, mapped, one_at_a_time, replacing_folder, sealing, writing
-from .clusters import CAPTION, ClusterTable
-from .errors import MMTSError, TableError, reading
+from .._files import cache_folder, cached, keep, mapped, one_at_a_time, replacing_folder, sealing, writing
+from ..errors import MMTSError, TableError, reading
+from ..processes import cores
 from .hashing import hash_strings
-from .large import LargeTable
+from .parts import CAPTION
+from .shift import check_swapped, swapped
+from .streamed import LargeTable
+from .table import ClusterTable
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +188,8 @@ def _key(table: Union[ClusterTable, LargeTable], tokenizer: Tokenizer, pad_id: i
             f"{table.source} can be found by its tokens; train without that (CLIPA: set reduction_mask in the model's "
             "text_cfg.tokenizer_kwargs to 'syntax', or leave it out)"
         )
-    about = json.dumps([table.content_hash, pad_id]).encode()
+    seed = [table.shuffle] if isinstance(table, LargeTable) and table.shuffle is not None else []
+    about = json.dumps([table.content_hash, pad_id, *seed]).encode()
     return hashlib.blake2b(about + first.numpy().tobytes(), digest_size=16).hexdigest()
 
 
@@ -323,12 +327,20 @@ def _write_index(table: LargeTable, tokenizer: Tokenizer, pad_id: int, folder: P
         sealing(folder / _HASHES, f"{name}/{_HASHES}") as hashes,
         sealing(folder / _CODES, f"{name}/{_CODES}") as codes,
     ):
+        kept = []
         for file in buckets:
             found = np.fromfile(file.name, _RECORD)
             found = found[_commonest(found["hash"], found["count"])]
             hashes.write(found["hash"].tobytes())
-            codes.write(found["code"].tobytes())
+            if table.shuffle is None:
+                codes.write(found["code"].tobytes())
+            else:
+                kept.append(found[["code", "count"]].copy())
             os.unlink(file.name)
+        if table.shuffle is not None:
+            every = np.concatenate(kept)
+            check_swapped(table.source, table.levels[every["code"]], every["count"])
+            codes.write(swapped(every["code"], every["count"], table.shuffle).tobytes())
 
 
 def _commonest(hashes: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -361,7 +373,7 @@ def _in_workers(source: str, work: Callable[[int], Tensor], items: Sequence[int]
         TableError: a caption cannot be tokenized.
     """
     with reading(source, "its captions cannot be tokenized", TableError):
-        for number, part in enumerate(_parts(_Chunks(work, items), min(workers, _cores(), len(items))), 1):
+        for number, part in enumerate(_parts(_Chunks(work, items), min(workers, cores(), len(items))), 1):
             if isinstance(part, MMTSError):
                 raise part
             yield part
@@ -384,7 +396,3 @@ def _parts(chunks: _Chunks, workers: int) -> Iterator[Any]:
 
 def _can_fork() -> bool:
     return hasattr(os, "fork") and "fork" in multiprocessing.get_all_start_methods()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

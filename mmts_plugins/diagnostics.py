@@ -22,7 +22,7 @@ from .distributed import gather_rows
 from .errors import cause, one_line
 from .functional import full_precision
 from .losses import kind
-from .runtime import Runtime
+from .temperature import Temperatures
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def batch_statistics(
         rank, world_size: the others' features are gathered; every rank must call.
 
     Returns:
-        Scalars on the device: ``loss_head|mid|tail`` (mean loss of such anchors; NaN where there is none),
+        Scalars on the device: ``loss_head|middle|tail`` (mean loss of such anchors; NaN where there is none),
         ``positive_similarity``, ``negative_similarity`` and their ``similarity_gap``; ``alignment`` (mean squared
         distance of a pair) and ``uniformity`` (log of the mean Gaussian potential within each modality, averaged over
         the two, of at most 1,024 samples) of Wang & Isola, ICML 2020; ``modality_gap`` (distance of the two means;
@@ -117,23 +117,23 @@ class Meter:
         self._stats = new
         self.samples += len(shift)
 
-    def read(self, runtime: Runtime) -> dict[str, float]:
+    def read(self, tau: Temperatures) -> dict[str, float]:
         """The values to show; waits for the device, once, then starts anew. Temperatures are those of now."""
         total, low, high, misses = torch.stack([value.to(self._stats[0].dtype) for value in self._stats]).tolist()
         samples, self.samples, self._stats = self.samples, 0, []
-        base = runtime.base
+        base = tau.base
         values = {
             "tau_base": base,
             "tau_mean": base + total / samples,
             "tau_min": base + low,
             "tau_max": base + high,
-            "tau_head": base + runtime.head_shift,
-            "tau_mid": base + runtime.mid_shift,
-            "tau_tail": base + runtime.tail_shift,
+            "tau_head": base + tau.head_shift,
+            "tau_middle": base + tau.middle_shift,
+            "tau_tail": base + tau.tail_shift,
             "hit_rate": 1 - misses / samples,
-            "phase": runtime.schedule.phase(runtime.step),
+            "phase": tau.schedule.phase(tau.step),
         }
-        if not runtime.config.kind.is_margin:
+        if not tau.config.kind.is_margin:
             values["scale_mean"] = 1 / values["tau_mean"]
         return values
 
@@ -148,21 +148,21 @@ def _append(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
 
 
-def step_line(runtime: Runtime, values: dict[str, float]) -> str:
+def step_line(tau: Temperatures, values: dict[str, float]) -> str:
     """What :meth:`Meter.read` found, as a line of a host's log."""
     shown = {name: f"{value:.4f}" for name, value in values.items()}
     return (
-        f"MM-TS step {runtime.step}/{runtime.total_steps}: base {values['tau_base']:+.4f}, mean {shown['tau_mean']} "
+        f"MM-TS step {tau.step}/{tau.total_steps}: base {values['tau_base']:+.4f}, mean {shown['tau_mean']} "
         f"[{shown['tau_min']}, {shown['tau_max']}], head {shown['tau_head']}, tail {shown['tau_tail']}, "
         f"hits {values['hit_rate']:.1%}, phase {values['phase']:.2f}"
     )
 
 
-class Live:
+class Diagnostics:
     """Reports of one run, to the host's own loggers and to ``mmts.jsonl``.
 
     Args:
-        runtime: of the run.
+        tau: of the run.
         log: ``log(values, step)`` writes to the host's loggers; called on the first rank only.
         path: of ``mmts.jsonl``, one JSON object per line; ``None`` writes none. A resumed run goes on in it: what it
             says of a step again counts. Where it cannot be written (disk full), training goes on after one warning.
@@ -171,13 +171,13 @@ class Live:
 
     def __init__(
         self,
-        runtime: Runtime,
+        tau: Temperatures,
         log: Optional[Log] = None,
         path: Optional[Path] = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._runtime, self._log, self._path = runtime, log, path
+        self._tau, self._log, self._path = tau, log, path
         self._rank, self._world_size = rank, world_size
         self._measured = -1
         self._lost = 0
@@ -186,12 +186,12 @@ class Live:
         """Show values of the current step. Numbers that are not finite are left out of the file."""
         if self._rank != 0:
             return
-        step = self._runtime.step
+        step = self._tau.step
         if self._log is not None:
             self._log(values, step)
         if self._path is not None:
             known = {name: round(value, 8) for name, value in values.items() if math.isfinite(value)}
-            line = json.dumps({"step": step, "total_steps": self._runtime.total_steps, **known})
+            line = json.dumps({"step": step, "total_steps": self._tau.total_steps, **known})
             try:
                 _append(self._path, line)
             except OSError as error:
@@ -213,14 +213,14 @@ class Live:
             image_features, text_features: ``[n, D]`` of this rank.
             temperature: ``[n]``, on any device: it is moved only where it is needed.
         """
-        runtime = self._runtime
-        every, step = runtime.config.diagnostics_every, runtime.step
+        tau = self._tau
+        every, step = tau.config.diagnostics_every, tau.step
         if not every or step % every or step == self._measured:
             return
         self._measured = step  # once, however often accumulation calls the loss
         temperature = temperature.to(image_features.device)
-        third = runtime.third(temperature - runtime.base)
-        config, ranks = runtime.config, (self._rank, self._world_size)
+        third = tau.third(temperature - tau.base)
+        config, ranks = tau.config, (self._rank, self._world_size)
         found = batch_statistics(
             config.loss, image_features.detach(), text_features.detach(), temperature, third, *ranks
         )

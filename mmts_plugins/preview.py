@@ -12,26 +12,28 @@ import numpy as np
 
 from . import losses
 from ._files import PathLike
-from .clusters import CAPTION, ClusterTable, cluster_shift
 from .config import Config
 from .data.classes import load_table
 from .errors import ConfigError, TableError, shown
 from .losses import LossKind
 from .presets import presets
+from .record import says_something
 from .schedule import CosineSchedule
+from .tables import CAPTION, ClusterTable, Table, cluster_shift
+from .temperature import mean_shift
 
 if TYPE_CHECKING:
-    from .hosts.adapter import Adapter, Table
+    from .hosts.adapter import Adapter
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Preview:
     """A schedule and the shifts it meets. Unlike :class:`Config` it may break a guard: plots show where.
 
     Attributes:
         values: fields of :class:`Config`, such as :func:`mmts_plugins.config.merge` returns.
         total_steps: optimizer steps of the run, at least 1.
-        table: of the run; ``None`` where it is not known.
+        table: of the run, shuffled where it is to be; ``None`` where it is not known.
         name: for labels.
 
     Raises:
@@ -49,7 +51,7 @@ class Plan:
         _ = self.schedule
 
     @classmethod
-    def of_preset(cls, name: str, total_steps: int, table: Optional[Table] = None, **changes: float) -> Plan:
+    def of_preset(cls, name: str, total_steps: int, table: Optional[Table] = None, **changes: float) -> Preview:
         """A preset of the paper with some of its values changed.
 
         Raises:
@@ -66,7 +68,9 @@ class Plan:
         values = self._all
         amplitude = 0.0 if values["no_schedule"] else values["alpha"]
         period = values["period"]
-        return CosineSchedule(amplitude, self.total_steps / values["num_oscillations"] if period is None else period)
+        if period is None:
+            period = self.total_steps / values["num_oscillations"]
+        return CosineSchedule(amplitude, period, values["start_phase"])
 
     @property
     def kind(self) -> LossKind:
@@ -82,6 +86,10 @@ class Plan:
         ``--mmts-no-shifts``: of all.
         """
         low, high = self.values["shift_min"], self.values["shift_max"]
+        if self._all["mean_matched"]:
+            if self.table is None:
+                raise ConfigError("mean_matched: which shift all samples have is not known without the table")
+            return {"all": mean_shift(self.table, low, high)}
         if self._all["no_shifts"]:
             return {"all": (low + high) / 2}
         if self.table is None:
@@ -101,7 +109,7 @@ class Plan:
 
     def base(self, steps: np.ndarray) -> np.ndarray:
         """``tau_base`` of Eq. 7 at many steps."""
-        return self.schedule.alpha * np.cos(2.0 * np.pi * (steps / self.schedule.period)) / 2.0
+        return self.schedule.alpha * np.cos(2.0 * np.pi * (steps / self.schedule.period + self.schedule.start)) / 2.0
 
     @property
     def problem(self) -> Optional[str]:
@@ -121,7 +129,7 @@ class Plan:
 
 
 def read_table(path: PathLike) -> ClusterTable:
-    """A cluster table, or the ``class_id,count`` CSV that AVION's runs take in its place.
+    """A cluster table, or the ``class_id,count`` CSV that some hosts take in its place.
 
     Raises:
         TableError: it cannot be read as what its name says.
@@ -141,7 +149,7 @@ def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[Clus
         is not taken.
     """
     name = record.get("clusters")
-    if record.get("no_shifts"):
+    if record.get("no_shifts") and not record.get("mean_matched"):
         return None, "the run uses no shifts"
     if name is None:
         return None, "the run counted its classes in its own annotation file"
@@ -149,13 +157,14 @@ def named_table(record: dict[str, Any], beside: PathLike) -> tuple[Optional[Clus
     found = next((path for folder in folders if (path := folder / name).exists()), None)
     if found is None:
         return None, f"{name} is not found from here"
+    seed = record.get("shuffle_shifts")
     try:
         table = read_table(found)
+        if record.get("table_hash") is not None and not table.has_hash(record["table_hash"]):
+            return None, f"{found} has another content hash than the run's table ({record['table_hash']})"
+        return table if seed is None else table.shuffled(seed), ""
     except TableError as error:
         return None, str(error)
-    if record.get("table_hash") is not None and not table.has_hash(record["table_hash"]):
-        return None, f"{found} has another content hash than the run's table ({record['table_hash']})"
-    return table, ""
 
 
 def adapter_of(host: str) -> Adapter:
@@ -172,19 +181,19 @@ def adapter_of(host: str) -> Adapter:
     return known[host]
 
 
-def describe(plan: Plan, adapter: Adapter) -> str:
+def describe(preview: Preview, adapter: Adapter) -> str:
     """What ``mmts schedule`` prints: the configuration, the table, and the temperatures at the extremes."""
-    return "\n".join([*_facts(plan, adapter), "", *_temperatures(plan)])
+    return "\n".join([*_facts(preview, adapter), "", *_temperatures(preview)])
 
 
-def _facts(plan: Plan, adapter: Adapter) -> list[str]:
-    table = plan.table
+def _facts(preview: Preview, adapter: Adapter) -> list[str]:
+    table = preview.table
     elsewhere = ("clusters", "num_oscillations", "period")
     facts = [("host", adapter.name)]
     facts += [
         (name, _shown(value))
-        for name, value in plan.values.items()
-        if name not in elsewhere and value is not None and value is not False
+        for name, value in preview.values.items()
+        if name not in elsewhere and says_something(name, value)
     ]
     if table is not None:
         things = "captions" if table.kind == CAPTION else "classes"
@@ -193,25 +202,26 @@ def _facts(plan: Plan, adapter: Adapter) -> list[str]:
             ("", f"{len(table):,} {things} in {table.clusters:,} clusters, {table.samples:,} samples"),
             ("", f"frequency {table.summary.low:g} to {table.summary.high:g}, hash {table.content_hash}"),
         ]
-    elif not plan.values["no_shifts"]:
-        given = plan.values.get("clusters")
+    elif not preview.values["no_shifts"]:
+        given = preview.values.get("clusters")
         counted = f"counted in the run's {adapter.counted_in}; give it here too to see the thirds"
         facts.append(("clusters", f"{given}, not looked at" if given else counted))
-    steps, period = plan.total_steps, plan.schedule.period
-    if plan.schedule.alpha:
+    steps, period = preview.total_steps, preview.schedule.period
+    if preview.schedule.alpha:
         facts.append(("period", f"{period:g} steps: {steps / period:g} periods over {steps:,} steps"))
     else:
         facts.append(("period", f"none: the schedule is flat over {steps:,} steps"))
-    return [f"{name:<13} {value}" for name, value in facts]
+    width = max(len(name) for name, _ in facts)
+    return [f"{name:<{width}}  {value}" for name, value in facts]
 
 
-def _temperatures(plan: Plan) -> list[str]:
-    names = list(plan.shifts)
-    head = [plan.kind.number, "step", "base", *names]
+def _temperatures(preview: Preview) -> list[str]:
+    names = list(preview.shifts)
+    head = [preview.kind.number, "step", "base", *names]
     rows: list[Sequence[str]] = [head]
-    for name, step in plan.extremes.items():
-        base = plan.schedule.offset(step)
-        rows.append([name, f"{step:,}", f"{base:+.4f}", *(f"{base + plan.shifts[each]:.4f}" for each in names)])
+    for name, step in preview.extremes.items():
+        base = preview.schedule.offset(step)
+        rows.append([name, f"{step:,}", f"{base:+.4f}", *(f"{base + preview.shifts[each]:.4f}" for each in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return [
         row[0].ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))

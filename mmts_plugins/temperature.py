@@ -9,20 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clusters import ClusterTable, cluster_shift
 from .config import Config
-from .large import LargeTable
-from .schedule import CosineSchedule
+from .tables import ClusterTable, LargeTable, cluster_shift
 
 _SAME = 1e-6  # of the range of shifts: what float32 makes of the same shift
 
 
-class Runtime:
+def mean_shift(table: Union[ClusterTable, LargeTable], shift_min: float, shift_max: float) -> float:
+    """The mean of Eq. 6 over the training samples. Shifts are linear in the frequency: it is that of the mean."""
+    about = table.summary
+    return float(cluster_shift([about.low, about.mean, about.high], shift_min, shift_max)[1])
+
+
+class Temperatures:
     """``tau_i(t) = tau_base(t) + sh(c_i)``, Eq. 8, for samples given as indices into the table's frequencies.
 
     Args:
         config: of the run.
-        table: its cluster table; ``None`` under ``--mmts-no-shifts`` without one.
+        table: its cluster table, shuffled where it is to be; ``None`` under ``--mmts-no-shifts`` without one.
         frequencies: ``[U]`` distinct frequencies that an index may mean; index ``U`` is a caption not in the table.
         total_steps: optimizer steps of the whole run.
         device: of the training step.
@@ -38,14 +42,16 @@ class Runtime:
     ) -> None:
         self.config = config
         self.total_steps = total_steps
-        self.schedule = CosineSchedule(config.amplitude, config.period_steps(total_steps))
+        self.schedule = config.schedule(total_steps)
         self.step = 0
         self.missing = len(frequencies)
-        middle = (config.shift_min + config.shift_max) / 2
         if table is None or config.no_shifts:
-            shifts = np.full(len(frequencies), middle)
-            self.mean_shift = self.head_shift = self.mid_shift = self.tail_shift = middle
-            self._third_borders = (math.inf, middle)
+            one = (config.shift_min + config.shift_max) / 2
+            if table is not None and config.mean_matched:
+                one = mean_shift(table, config.shift_min, config.shift_max)
+            shifts = np.full(len(frequencies), one)
+            self.mean_shift = self.head_shift = self.middle_shift = self.tail_shift = one
+            self._third_borders = (math.inf, one)
             self._one_frequency = False
         else:
             # Minimum and maximum over the whole table (Eq. 6), also over keys that a tokenizer merged away. Shifts are
@@ -56,7 +62,7 @@ class Runtime:
             extra = np.array([*borders, about.low, about.high, about.mean, about.head, about.middle, about.tail])
             every = cluster_shift(np.concatenate([frequencies, extra]), config.shift_min, config.shift_max)
             shifts = every[: len(frequencies)]
-            self.mean_shift, self.head_shift, self.mid_shift, self.tail_shift = every[-4:].tolist()
+            self.mean_shift, self.head_shift, self.middle_shift, self.tail_shift = every[-4:].tolist()
             head_from, middle_from = every[len(frequencies) : len(frequencies) + 2].tolist()
             self._third_borders = (
                 head_from if math.isfinite(about.head_from) else math.inf,
@@ -108,7 +114,13 @@ class Runtime:
         config = self.config
         what = config.kind.number
         steps = f"{self.total_steps} steps, period {self.schedule.period:g}"
-        shifts = "no shifts" if config.no_shifts else f"shifts {config.shift_min:g} to {config.shift_max:g}"
+        if config.start_phase:
+            steps += f" from phase {config.start_phase:g}"
+        shifts = f"shifts {config.shift_min:g} to {config.shift_max:g}"
+        if config.shuffle_shifts is not None:
+            shifts += f", shuffled (seed {config.shuffle_shifts})"
+        if config.no_shifts:
+            shifts = "no shifts" + (", all at the table's mean" if config.mean_matched else "")
         schedule = "no schedule" if config.no_schedule else f"alpha {config.alpha:g} over {steps}"
         lowest, highest = self.mean_shift - self.schedule.alpha / 2, self.mean_shift + self.schedule.alpha / 2
         return f"{config.loss}: {schedule}; {shifts}; mean {what} {lowest:.4g} to {highest:.4g}"
