@@ -203,12 +203,15 @@ def test_a_margin_and_variants_of_ones_own(inputs, tmp_path, capsys):
     assert values["TS&ICS t"] == values["TS&ICS again"]
 
 
-def test_text_beside_text_embedded_here(inputs, tmp_path):
+def test_text_beside_text_embedded_here(inputs, tmp_path, capsys):
     given = ["pilot", inputs["data"], "--other", "second", "--encoder", "hashing", "--table", inputs["table"],
              "--test", inputs["data"], "-o", tmp_path / "p", "--seeds", 1, *QUICK[:-2]]  # fmt: skip
     assert cli.main([str(word) for word in given]) == 0
     about = json.loads((tmp_path / "p/pilot.json").read_text())["about"]
     assert (about["texts"], about["pairs"], about["test pairs"]) == ("hashing", 280, 280)
+    given[given.index("hashing")] = "tfidf"
+    assert cli.main([str(word) for word in given]) == 2
+    assert "--encoder tfidf is fitted to the texts it is given" in capsys.readouterr().err
 
 
 def test_groups_stay_on_one_side_and_are_right_for_one_another(inputs, finished):
@@ -243,12 +246,6 @@ def test_recall_is_of_groups():
     assert found["text_to_other_R@1"]["middle"]["value"] == 1
     # The first thing's nearest texts are three, of which one is another's: a tie, which counts against it.
     assert found["other_to_text_R@1"]["value"] == pytest.approx(2 / 3)
-
-
-def test_a_variant_that_is_wrong_trains_nothing(finished, tmp_path):
-    with pytest.raises(ConfigError, match="unknown flag --mmts-x"):
-        run.pilot(finished, ADAPTER, [Variant("plain"), Variant("x", "--mmts-x 1")], [7], Settings(6, 32, 16), 1, 1)
-    assert not list((finished / "runs").glob("*seed7.json"))
 
 
 def results(**by_variant: list[float]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -339,7 +336,12 @@ def test_another_pilots_results_are_not_mixed_in(inputs, finished, capsys, tmp_p
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     assert cli.main(words(inputs, folder, "--seeds", 2, "--epochs", 7)) == 2
-    assert "holds results of other features, tables or settings" in capsys.readouterr().err
+    assert "holds results of other features, tables or settings ('plain', seed 0)" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in (folder / data.FOLDER).iterdir()}
+    assert len(before) == 7
+    assert cli.main([*words(inputs, folder, "--seeds", 2), "--hold-out", "0.3"]) == 2
+    assert "settings (other features)" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (folder / data.FOLDER).iterdir()} == before
     assert cli.main(words(inputs, folder, "--seeds", 1, "--epochs", 7, "--force")) == 0
     with pytest.raises(ConfigError, match="make 6 steps of"):
         run.pilot(folder, ADAPTER, [Variant("plain")], [0], Settings(1, 26), 1, 1)

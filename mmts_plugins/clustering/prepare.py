@@ -9,10 +9,10 @@ from typing import Optional
 
 import numpy as np
 
-from ..data import cache, encoders
+from ..data import embed, encoders
 from ..data.captions import read_samples, refuse_blank, told
 from ..data.embeddings import read_embedding_parts
-from ..data.images import ImageEncoder, stamped
+from ..data.images import stamped
 from ..data.rows import Rows
 from ..data.source import Samples, Source
 from ..errors import ConfigError, one_line
@@ -128,12 +128,7 @@ def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Pr
     say(f"embedding {len(keys):,} distinct captions with {how.encoder}")
     if how.encoder in (encoders.TFIDF, encoders.HASHING) and (many := encoders.unspaced(keys)):
         say(f"{many:,} captions in scripts without spaces are compared by their characters ({how.encoder})")
-    if how.encoder == encoders.TFIDF:
-        points = Rows(encoders.tfidf(keys, recipe.seed))
-    else:
-        encoder = encoders.TextEncoder(how.encoder, how.batch_size, how.device)
-        identity = encoder.identity() if how.cached else None
-        points = cache.embed(encoder.encode, identity, keys, f"--encoder {how.encoder}")
+    points = embed.texts(how.encoder, keys, how.batch_size, how.device, how.cached, recipe.seed)
     return Prepared(keys, count, points, np.arange(len(keys)), count.astype(float), hash_strings(keys),
                     encoders.public_name(how.encoder), encoders.packages(how.encoder))  # fmt: skip
 
@@ -141,12 +136,10 @@ def prepare(how: Embedding, recipe: Recipe, samples: Samples, source: str) -> Pr
 def _prepare_images(
     how: Embedding, keys: list[str], rows: np.ndarray, count: np.ndarray, samples: Samples, source: str
 ) -> Prepared:
-    encoder = ImageEncoder(how.encoder, how.frames, min(how.batch_size, 64), how.device)
     paths, point = build.distinct(samples.labels)
     stamps = stamped(paths, how.image_root, source)
     say(f"embedding {len(paths):,} distinct images with {how.encoder}")
-    identity = encoder.identity() if how.cached else None
-    points = cache.embed(encoder.encode, identity, stamps, f"--encoder {how.encoder}")
+    points = embed.images(how.encoder, stamps, how.frames, min(how.batch_size, 64), how.device, how.cached)
     packages = ("timm", "torch") if how.encoder.startswith("timm:") else ("open_clip_torch", "torch")
     return Prepared(keys, count, points, rows, build.counted(point, samples.weight).astype(float), hash_strings(paths),
                     f"images {encoders.public_name(how.encoder)}", packages, point)  # fmt: skip

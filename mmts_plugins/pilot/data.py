@@ -17,7 +17,7 @@ from .._files import replacing
 from ..data.captions import read_samples, refuse_blank
 from ..data.embeddings import read_embeddings
 from ..data.source import Source
-from ..errors import ConfigError, MMTSError, shown
+from ..errors import ConfigError, MMTSError, reading, shown
 from ..tables import ClusterTable
 
 FOLDER = "features"
@@ -92,21 +92,17 @@ def _features(source: Source, captions: list[str], side: Side, flag: str, image_
         if len(found) != len(captions):
             raise ConfigError(f"{side.file}: {len(found)} rows for {len(captions)} samples of {source.data} ({flag})")
         return np.asarray(found, np.float32)
-    from ..data import cache, encoders
-    from ..data.images import ImageEncoder, stamped
+    from ..data import embed
+    from ..data.images import stamped
 
     values = captions if side.column is None else read_samples(source, [side.column], captions=False).labels
     distinct, rows = np.unique(np.asarray(values, object), return_inverse=True)
     assert side.encoder is not None
     if side.images:
-        images = ImageEncoder(side.encoder)
-        made = cache.embed(images.encode, images.identity(), stamped(distinct.tolist(), image_root, source.data), flag)
-    elif side.encoder == encoders.TFIDF:
-        return np.asarray(encoders.tfidf(distinct.tolist(), 0), np.float32)[rows]
+        made = embed.images(side.encoder, stamped(distinct.tolist(), image_root, source.data))
     else:
-        text = encoders.TextEncoder(side.encoder)
-        made = cache.embed(text.encode, text.identity(), distinct.tolist(), flag)
-    return made.take(rows).astype(np.float32)
+        made = embed.texts(side.encoder, distinct.tolist())
+    return made.take(rows)
 
 
 def split(pairs: Pairs, share: float, seed: int = 0) -> tuple[Pairs, Pairs]:
@@ -143,6 +139,23 @@ def store(folder: Path, train: Pairs, test: Pairs, table: ClusterTable, about: d
             pq.write_table(rows, temporary)
     with replacing(folder / "about.json") as temporary:
         temporary.write_text(json.dumps({**about, "notes": notes}, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_others(folder: Path, features: str) -> None:
+    """Raise a ConfigError where a pilot's folder holds results of features other than these (:func:`digest`)."""
+    path = folder / FOLDER / "about.json"
+    if path.exists() and next((folder / "runs").glob("*.json"), None) is not None:
+        with reading(path, "is no description of a pilot's features; take another -o/--output"):
+            then = json.loads(path.read_text(encoding="utf-8"))["features"]
+        if then != features:
+            raise other_results(folder, "other features")
+
+
+def other_results(folder: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{folder}: holds results of other features, tables or settings ({what}); take another -o/--output, or "
+        "--force to drop them"
+    )
 
 
 def digest(*parts: Pairs) -> str:

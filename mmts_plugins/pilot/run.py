@@ -17,10 +17,11 @@ from typing import Any, Optional
 from .._files import replacing
 from ..compare import tables
 from ..compare.plan import BOTH, CONSTANT, ICS, PLAIN, SHUFFLED, TS, Plan
+from ..data.encoders import digest
 from ..errors import ConfigError, MMTSError, one_line, reading, shown
 from ..hosts.adapter import Adapter
 from . import data, report
-from .train import Settings, resolve, train
+from .train import Settings, train
 
 MAIN = "text_to_other_R@10"
 """What variants are judged by."""
@@ -41,6 +42,10 @@ class Variant:
 
     def words(self, seed: int) -> list[str]:
         return [word.replace("{seed}", str(seed)) for word in shlex.split(self.flags)]
+
+
+Task = tuple[Variant, int]
+"""A variant and a seed."""
 
 
 def usual(loss: str, table_files: dict[str, str], more: str, plain_is_learned: bool) -> list[Variant]:
@@ -109,10 +114,8 @@ def pilot(
         The exit status: 1 where runs are missing, because of the budget.
 
     Raises:
-        ConfigError: a variant's flags are wrong, or the folder holds another pilot's results.
+        ConfigError: the folder holds another pilot's results, or too few samples for a schedule.
     """
-    for variant in variants:
-        resolve(adapter, variant.words(seeds[0]))  # before anything is trained
     training, test, _ = data.load(folder / data.FOLDER)
     if settings.steps(len(training)) < 10:
         raise ConfigError(
@@ -121,8 +124,9 @@ def pilot(
         )
     started = _clock()
     tasks = [(variant, seed) for seed in seeds for variant in variants]
-    done = {task: found for task in tasks if (found := _saved(folder, *task, settings)) is not None}
-    missing = [task for task in tasks if task not in done]
+    keys = _keys(folder, tasks, settings)
+    done = {task: found for task in tasks if (found := _saved(folder, *task, keys[task])) is not None}
+    missing = {task: keys[task] for task in tasks if task not in done}
     print(
         f"{len(training):,} pairs to train on, {len(test):,} to test; {len(variants)} variants, {len(seeds)} seeds, "
         f"{settings.steps(len(training))} steps; {len(done)} of {len(tasks)} runs are there",
@@ -151,27 +155,27 @@ def pilot(
 def _run(
     folder: Path,
     adapter: Adapter,
-    tasks: Sequence[tuple[Variant, int]],
+    tasks: dict[Task, str],
     settings: Settings,
     seconds: float,
     jobs: int,
     started: float,
-) -> Iterator[tuple[tuple[Variant, int], dict[str, Any]]]:
+) -> Iterator[tuple[Task, dict[str, Any]]]:
     from tqdm import tqdm
 
     if not tasks:
         return
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     waiting, longest = list(tasks), 0.0
-    running: dict[Future[dict[str, Any]], tuple[Variant, int]] = {}
+    running: dict[Future[dict[str, Any]], Task] = {}
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, _one_thread)
     with pool, tqdm(total=len(tasks), unit="run", desc="pilot", file=sys.stderr) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs and _clock() - started + longest < seconds:
-                    variant, seed = task = waiting.pop(0)
-                    running[pool.submit(_work, folder, adapter.name, variant, seed, settings)] = task
+                    task = waiting.pop(0)
+                    running[pool.submit(_work, folder, adapter.name, *task, settings, tasks[task])] = task
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -192,12 +196,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # so that a run is the same to the bit, however many run
 
 
-def _work(folder: Path, host: str, variant: Variant, seed: int, settings: Settings) -> dict[str, Any]:
+def _work(folder: Path, host: str, variant: Variant, seed: int, settings: Settings, key: str) -> dict[str, Any]:
     from ..preview import adapter_of
 
     began = _clock()
     found = train(folder / data.FOLDER, adapter_of(host), variant.words(seed), seed, settings)
-    found = {"key": _key(folder, variant, seed, settings), "seconds": _clock() - began, **found}
+    found = {"key": key, "seconds": _clock() - began, **found}
     with replacing(_place(folder, variant, seed)) as temporary:
         temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
@@ -208,30 +212,31 @@ def _place(folder: Path, variant: Variant, seed: int) -> Path:
     return folder / "runs" / f"{short}-seed{seed}.json"
 
 
-def _key(folder: Path, variant: Variant, seed: int, settings: Settings) -> str:
-    """What a run depends on: its flags and settings, the features, and the tables as they are."""
+def _keys(folder: Path, tasks: Sequence[Task], settings: Settings) -> dict[Task, str]:
+    """What each run depends on: its flags and settings, the features, and the tables as they are."""
     about = (folder / data.FOLDER / "about.json").read_text(encoding="utf-8")
-    words = variant.words(seed)
-    stamps = [Path(word).read_bytes() for word, before in zip(words[1:], words) if before == "--mmts-clusters"
-              and Path(word).is_file()]  # fmt: skip
-    digest = hashlib.blake2b(json.dumps([words, seed, asdict(settings), about]).encode(), digest_size=16)
-    for each in stamps:
-        digest.update(each)
-    return digest.hexdigest()
+    tables: dict[str, str] = {}
+    found = {}
+    for variant, seed in tasks:
+        words = variant.words(seed)
+        for before, word in zip(words, words[1:]):
+            if before == "--mmts-clusters" and word not in tables and Path(word).is_file():
+                tables[word] = digest(Path(word))
+        own = {word: tables[word] for word in words if word in tables}
+        text = json.dumps([words, seed, asdict(settings), about, own])
+        found[variant, seed] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return found
 
 
-def _saved(folder: Path, variant: Variant, seed: int, settings: Settings) -> Optional[dict[str, Any]]:
+def _saved(folder: Path, variant: Variant, seed: int, key: str) -> Optional[dict[str, Any]]:
     path = _place(folder, variant, seed)
     if not path.exists():
         return None
     with reading(path, "is no result of a pilot; delete it"):
         found = json.loads(path.read_text(encoding="utf-8"))
-        key = found["key"]
-    if key != _key(folder, variant, seed, settings):
-        raise ConfigError(
-            f"{folder}: holds results of other features, tables or settings ({shown(variant.name)}, seed {seed}); "
-            "take another -o/--output, or --force to drop them"
-        )
+        then = found["key"]
+    if then != key:
+        raise data.other_results(folder, f"{shown(variant.name)}, seed {seed}")
     return dict(found)
 
 

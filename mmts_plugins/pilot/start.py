@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Optional
 
 from ..data.classes import load_table
+from ..data.encoders import TFIDF
 from ..data.source import Source
 from ..errors import ConfigError
 from ..losses import kind
@@ -66,8 +67,11 @@ def start(wanted: Wanted, output: Path, force: bool = False) -> int:
     tables = {name: _table(path) for name, path in wanted.tables.items()}
     for variant in variants:
         resolve(adapter, variant.words(0))
-    if force and (output / "runs").is_dir():
-        shutil.rmtree(output / "runs")
+    if wanted.test is not None and TFIDF in {side.encoder for side in (wanted.texts, wanted.others) if not side.file}:
+        raise ConfigError(
+            "--encoder tfidf is fitted to the texts it is given, so those of --test would be of another space; take "
+            "--encoder hashing or a sentence encoder"
+        )
     train = data.read(wanted.source, wanted.texts, wanted.others, wanted.group, wanted.keep_blank, wanted.image_root)
     if wanted.test is None:
         train, test = data.split(train, wanted.hold_out)
@@ -76,6 +80,10 @@ def start(wanted: Wanted, output: Path, force: bool = False) -> int:
             wanted.test, wanted.test_texts, wanted.test_others, wanted.group, wanted.keep_blank, wanted.image_root
         )
     data.common_width([train, test])
+    features = data.digest(train, test)
+    if force and (output / "runs").is_dir():
+        shutil.rmtree(output / "runs")
+    data.refuse_others(output, features)
     about = {
         "data": wanted.source.data,
         "test": f"{wanted.hold_out:g} of it" if wanted.test is None else wanted.test.data,
@@ -85,7 +93,7 @@ def start(wanted: Wanted, output: Path, force: bool = False) -> int:
         "test pairs": len(test),
         "thirds by": next(iter(wanted.tables.values())),
         "host": adapter.name,
-        "features": data.digest(train, test),
+        "features": features,
     }
     data.store(output / data.FOLDER, train, test, next(iter(tables.values())), about)
     jobs = wanted.jobs or cores()
