@@ -307,6 +307,7 @@ def test_saved_features_and_what_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "n").exists()
 
 
 MEASURED = """

@@ -156,7 +156,6 @@ def run(args: argparse.Namespace) -> int:
         from ..evaluation.model import find_model
     except ImportError as error:
         raise MMTSError(f"mmts analyze needs {error.name}: pip install 'mmts-plugins[openclip,report]'") from error
-    args.output.mkdir(parents=True, exist_ok=True)
     model = args.model
     if model is None and args.checkpoint is not None:
         model = find_model(args.checkpoint)[0]
