@@ -26,6 +26,7 @@ import yaml
 from conftest import REPOSITORY, openclip_flags, run_python
 from scipy.stats import ttest_rel
 
+from mmts_plugins.adapters.openclip import ADAPTER
 from mmts_plugins.cli import _parser, main
 from mmts_plugins.compare import execute, tables
 from mmts_plugins.compare import lock as locks
@@ -33,6 +34,7 @@ from mmts_plugins.compare import plan as plans
 from mmts_plugins.compare.execute import State
 from mmts_plugins.compare.lock import LOCK
 from mmts_plugins.errors import ConfigError, MMTSError
+from mmts_plugins.options import split_flags
 from mmts_plugins.processes import run_logged
 
 # A trainer as a comparison sees one: says what it was given, may die half-way, leaves a checkpoint.
@@ -888,15 +890,20 @@ def test_openclip_end_to_end(tmp_path: Path, data: Any, small_model: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "examples").glob("*/compare.yaml")), ids=lambda path: path.parent.name
-)
-def test_the_examples_are_commands_that_openclip_and_we_take(path: Path, tmp_path: Path) -> None:
+    ("name", "runs"),
+    [("compare_digits/compare", 18), ("compare_digits/max_margin", 18), ("openclip_flickr8k/compare", 18),
+     ("openclip_flickr8k/one_epoch", 8)],
+)  # fmt: skip
+def test_the_examples_are_commands_that_openclip_and_we_take(name: str, runs: int, tmp_path: Path) -> None:
     """Their flags are parsed by the real parsers; nothing is run."""
     params = pytest.importorskip("open_clip_train.params")
+    path = REPOSITORY / "examples" / f"{name}.yaml"
     plan = plans.make(plans.read(str(path)), str(tmp_path))
-    assert len(plan.runs) == 18
+    assert len(plan.runs) == runs
     plain = plan.runs[0]
-    host = params.parse_args(plain.resumed[plain.resumed.index("open_clip_train.main") + 1 :])
+    ours, rest = split_flags(plain.resumed[plain.resumed.index("open_clip_train.main") + 1 :], ADAPTER.options)
+    assert (ADAPTER.resolve(ours).config.loss if ours else None) == ("mmts-max-margin" if "margin" in name else None)
+    host = params.parse_args(rest)
     assert (host.name, host.resume) == (plain.name, "latest")
     assert plain.done == Path(host.logs, host.name, "checkpoints", f"epoch_{host.epochs}.pt")
     judged = _parser("eval").parse_args(plain.evaluation[plain.evaluation.index("eval") :])
@@ -904,5 +911,7 @@ def test_the_examples_are_commands_that_openclip_and_we_take(path: Path, tmp_pat
     assert judged.model == host.model
     for named in (judged.classes, judged.templates):
         assert named is None or (path.parent / Path(named).name).is_file()
-    shifted = {run.variant: run.command[len(plain.command) :] for run in plan.runs if run.seed == 0}
-    assert ["--mmts-clusters" in flags for flags in shifted.values()] == [False, True, False, True, True, True]
+    shifted = {run.variant: run.command for run in plan.runs if run.seed == 0}
+    with_table = {variant for variant, flags in shifted.items() if "--mmts-clusters" in flags}
+    assert with_table == shifted.keys() - {"plain", "TS"}
+    assert shifted.keys() - {"constant", "shuffled"} == {"plain", "TS", "ICS", "TS&ICS"}

@@ -17,7 +17,7 @@ youcook2)
     ;;
 flickr8k)
     for part in train test; do
-        python "$here/prepare.py" images "$folder/$part.tsv" -o "$output/$part-images.npy"
+        [ -e "$output/$part-images.npy" ] || python "$here/prepare.py" images "$folder/$part.tsv" -o "$output/$part-images.npy"
     done
     captions=("$folder/train.tsv" --column title)
     sides=(--group image_id --encoder "$encoder" --others "$output/train-images.npy" --test "$folder/test.tsv"
