@@ -15,6 +15,9 @@ WITH_sentence-transformers-5.1.0 := transformers==4.57.1 $(WITH_transformers-4.5
 
 .PHONY: help demo test quick docs hosts mutants clean
 
+# A process for each core, whole files at a time: many tests share what their file trained.
+IN_PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+
 # No trainer, no second rank, nothing compiled: some ten seconds of processor time, mypy aside (half a minute at first).
 QUICK := $(patsubst %,tests/test_%.py,core config fields tables hits diagnostics losses docs mutants) \
 	-k "not (rank or golden or openclips or compiles or sparse)"
@@ -56,7 +59,7 @@ test: $(VENV)/.dev hosts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
 quick: $(VENV)/.dev
 	$(BIN)/ruff check .

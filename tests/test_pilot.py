@@ -231,6 +231,12 @@ def test_its_temperatures_move(inputs, finished):
     assert one["losses"][5] != other["losses"][5]
 
 
+def test_a_learned_temperature_does_not_decay(finished):
+    """As in CLIP: nothing pulls it where its gradient does not."""
+    found = train(finished / data.FOLDER, ADAPTER, [], 0, Settings(6, 32, 16, learning_rate=1e-9, weight_decay=1e6))
+    assert found["temperature"] == pytest.approx(0.07, rel=1e-5)
+
+
 def test_recall_is_of_groups():
     """Three things with two texts each; the second's first text is taken for the first thing, all else is right."""
     things = np.eye(3, dtype=np.float32)

@@ -34,7 +34,7 @@ class Settings:
         epochs, batch_size: of training; a last batch that is not full is left out.
         dimensions: of the heads' output.
         learning_rate: of AdamW, at its peak; warmed up for a twentieth of the run, then a cosine to zero.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW; none of the logit scale.
         device: such as ``cpu`` or ``cuda:0``.
     """
 
@@ -116,7 +116,9 @@ def train(folder: Path, adapter: Adapter, flags: Sequence[str], seed: int, setti
     torch.manual_seed(seed)
     texts, others = (torch.from_numpy(np.array(each)).to(device) for each in (training.texts, training.others))
     heads = Heads(texts.shape[1], others.shape[1], settings.dimensions).to(device)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    maps = {"params": [heads.text.weight, heads.other.weight], "weight_decay": settings.weight_decay}
+    scale = {"params": [heads.logit_scale], "weight_decay": 0.0}  # as CLIP has it
+    optimizer = torch.optim.AdamW([maps, scale], lr=settings.learning_rate)
     draw = torch.Generator().manual_seed(seed)
     losses: list[Tensor] = []
     for _ in range(settings.epochs):
@@ -143,11 +145,11 @@ def train(folder: Path, adapter: Adapter, flags: Sequence[str], seed: int, setti
     if not torch.isfinite(losses[-1]):
         raise ConfigError("the loss is no finite number at the end: lower --learning-rate")
     metrics = measure(heads, test, thirds, device)
-    scale = float(heads.logit_scale.detach().exp())
+    learned = float(heads.logit_scale.detach().exp())
     return {
         "metrics": metrics,
         "losses": [float(loss) for loss in losses],
-        "temperature": 1 / scale if session is None else session.tau.describe(),
+        "temperature": 1 / learned if session is None else session.tau.describe(),
     }
 
 
