@@ -2,6 +2,7 @@
 
     python tables.py InfoNCE=pilots/youcook2/mmts-infonce max-margin=pilots/youcook2/mmts-max-margin --save youcook2.csv
     python tables.py youcook2.csv        # the same table, from what every run gave
+    python tables.py youcook2.csv flickr8k.csv --minus "TS 1 period=TS"        # of several, one difference a row
 
 The first row of numbers is the first variant's mean in per cent; all others are mean differences in points with the 95%
 interval of Student's t over seeds, bold where it leaves zero out. The rows at the end are the method over its controls.
@@ -65,28 +66,39 @@ def of_runs(path: Path) -> Values:
     return found
 
 
+def beside(paths: list[Path]) -> Values:
+    """Several saved files; the name of each stands before its losses."""
+    return {(f"{path.stem} {loss}", *rest): own for path in paths for (loss, *rest), own in of_runs(path).items()}
+
+
+def pairs_table(values: Values, groups: list[str], pairs: list[tuple[str, str]]) -> str:
+    """Markdown: a row for each pair of variants, a column for each loss, metric and group."""
+    columns = {key: variants for key, variants in values.items() if key[2] in groups}
+    rows = [[f"{one} − {other}", *(_difference(variants, one, other) for variants in columns.values())]
+            for one, other in pairs]  # fmt: skip
+    return _markdown(["", *(_title(key) for key in columns)], rows)
+
+
 def table(values: Values, groups: list[str]) -> str:
     """Markdown: a row for each variant, a column for each loss, metric and group."""
     columns = {key: variants for key, variants in values.items() if key[2] in groups}
     names = [list(variants) for variants in columns.values()]
     rows = [_row(*dict.fromkeys(row)) for row in zip(*names)]
-    lines = [
-        [f"{_title(key)}" for key in columns],
-        [f"{100 * statistics.fmean(variants[next(iter(variants))].values()):.1f}" for variants in columns.values()],
-    ]
-    heads = ["", rows[0]]
-    for place, name in enumerate(rows[1:], 1):
-        heads.append(name)
-        lines.append([_difference(variants, own[place], own[0]) for variants, own in zip(columns.values(), names)])
+
+    def differences(head: str, one: int, other: int) -> list[str]:
+        return [head, *(_difference(values, own[one], own[other]) for values, own in zip(columns.values(), names))]
+
+    first = [f"{100 * statistics.fmean(each[own[0]].values()):.1f}" for each, own in zip(columns.values(), names)]
+    lines = [[rows[0], *first], *(differences(name, place, 0) for place, name in enumerate(rows) if place)]
     for place, name in enumerate(rows):
         for control in (CONSTANT, SHUFFLED):
             if name.startswith(BOTH) and (other := name.replace(BOTH, control, 1)) in rows:
-                heads.append(f"{name} − {control}")
-                lines.append([_difference(variants, own[place], own[rows.index(other)])
-                              for variants, own in zip(columns.values(), names)])  # fmt: skip
-    rule = "| --- " * (len(columns) + 1) + "|"
-    said = [f"| {' | '.join([head, *cells])} |" for head, cells in zip(heads, lines)]
-    return "\n".join([said[0], rule, *said[1:]])
+                lines.append(differences(f"{name} − {control}", place, rows.index(other)))
+    return _markdown(["", *(_title(key) for key in columns)], lines)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def _row(first: str, *others: str) -> str:
@@ -111,16 +123,25 @@ def main() -> None:
     parser.add_argument("what", nargs="+", help="LOSS=FOLDER of pilots or comparisons, or a saved file")
     parser.add_argument("--metric", action="append", help="default: text_to_other_R@10; may be given again")
     parser.add_argument("--group", action="append", choices=GROUPS, help="default: all and tail; may be given again")
+    parser.add_argument(
+        "--minus", action="append", metavar="ONE=OTHER", help="a row with this difference, and no others"
+    )
     parser.add_argument("--save", type=Path, metavar="FILE", help="what every run gave, as CSV")
     args = parser.parse_args()
     named = dict(each.split("=", 1) for each in args.what if "=" in each)
     if named:
         values = of_documents({name: Path(path) for name, path in named.items()}, args.metric or ["text_to_other_R@10"])
     else:
-        values = of_runs(Path(args.what[0]))
+        paths = [Path(each) for each in args.what]
+        values = beside(paths) if len(paths) > 1 else of_runs(paths[0])
     if args.save is not None:
         save(values, args.save)
-    print(table(values, args.group or ["all", "tail"]))
+    groups = args.group or ["all", "tail"]
+    if args.minus:
+        pairs = [(one, other) for one, _, other in (each.partition("=") for each in args.minus)]
+        print(pairs_table(values, groups, pairs))
+    else:
+        print(table(values, groups))
 
 
 if __name__ == "__main__":
