@@ -25,6 +25,11 @@ _loaded = ["torch", "torch.distributed", "torch.nn.parallel", "mmts_plugins.adap
 _loaded += ["torchvision", "transformers", "timm", "pandas", "webdataset", "ftfy", "braceexpand"]
 
 
+HUGGING_FACE = ("torch._dynamo", "torch.distributed.tensor", "tensorboard", "sklearn.metrics", "scipy", "datasets",
+                "accelerate", "tokenizers", "huggingface_hub", "safetensors.torch", "PIL.Image")  # fmt: skip
+"""What transformers' trainer and sentence-transformers import of others, five of the seven seconds of their start."""
+
+
 def preload(*modules: str) -> None:
     """Have the server import these too; of use only where a test module is imported, before the server starts."""
     _loaded.extend(modules)
@@ -35,7 +40,7 @@ preload()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def _become(arguments: list[str], environment: dict[str, str], output: str) -> None:
+def _become(arguments: list[str], environment: dict[str, str], output: str, armed: bool = False) -> None:
     handle = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -43,6 +48,11 @@ def _become(arguments: list[str], environment: dict[str, str], output: str) -> N
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     code: object = 0
     try:
+        if armed:
+            sys.orig_argv = [sys.executable, *arguments]
+            from mmts_plugins import _startup
+
+            _startup.start()
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -86,11 +96,11 @@ def free_port() -> int:
 
 
 def run_forked(
-    *arguments: object, ranks: int = 0, timeout: float = 120, **environment: str
+    *arguments: object, ranks: int = 0, timeout: float = 120, armed: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS``, or that many ranks of it; output as text, errors merged in.
 
-    The first rank that fails takes the others with it, as under a launcher.
+    The first rank that fails takes the others with it, as under a launcher. ``armed``: as our start-up file does.
     """
     given = [str(argument) for argument in arguments]
     port = free_port()
@@ -98,7 +108,7 @@ def run_forked(
         children = []
         for rank in range(max(1, ranks)):
             variables = {**environment, **(one_rank(rank, ranks, port) if ranks else {})}
-            children.append(context.Process(target=_become, args=(given, variables, output.name)))
+            children.append(context.Process(target=_become, args=(given, variables, output.name, armed)))
             children[-1].start()
         deadline, code = time.monotonic() + timeout, 0
         while running := [child for child in children if child.exitcode is None]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import REPOSITORY, host_folders, run_python
+from forked import HUGGING_FACE, preload, run_forked
 
 pytest.importorskip("sentence_transformers", reason="needs the extra: pip install 'mmts-plugins[cluster]'")
 pytest.importorskip("datasets", reason="needs: pip install 'sentence-transformers[train]'")
@@ -32,6 +33,7 @@ from mmts_plugins.adapters.trainer import captions
 from mmts_plugins.errors import ConfigError, TableError
 from mmts_plugins.tables import ClusterTable
 
+preload(*HUGGING_FACE)
 SCRIPT = REPOSITORY / "tests" / "st_train.py"
 DRIVER = REPOSITORY / "tests" / "recorded_st.py"
 COUNT = {noun: 18 if noun == "tree" else 6 for noun in st_train.NOUNS}
@@ -45,8 +47,13 @@ def table(tmp_path_factory) -> Path:
     return path
 
 
-def trained(folder: Path, *words: object, expect: int = 0, before: tuple[object, ...] = (), **environment: str) -> str:
-    done = run_python(*before, SCRIPT, "--output", folder, *words, **environment)
+def trained(folder: Path, *words: object, expect: int = 0, fresh: bool = False, ranks: int = 0,
+            before: tuple[object, ...] = (), **environment: str) -> str:  # fmt: skip
+    command = (*before, SCRIPT, "--output", folder, *words)
+    if fresh:
+        done = run_python(*command, **environment)
+    else:
+        done = run_forked(*command, ranks=ranks, armed=True, **environment)
     assert done.returncode == expect, done.stdout[-3000:]
     return done.stdout
 
@@ -204,9 +211,9 @@ def test_a_constant_column_is_the_scalar_and_attributes_come_back(kind, tmp_path
 
 
 def test_an_unmodified_script_and_a_run_that_does_not_ask(table, tmp_path):
-    plain = trained(tmp_path / "plain", MMTS="0")
-    armed = trained(tmp_path / "armed", MMTS="1")
-    ours = trained(tmp_path / "ours", "--loss", "mmts", "--mmts-clusters", table)
+    plain = trained(tmp_path / "plain", MMTS="0", fresh=True)
+    armed = trained(tmp_path / "armed", MMTS="1", fresh=True)
+    ours = trained(tmp_path / "ours", "--loss", "mmts", "--mmts-clusters", table, fresh=True)
     assert losses(plain) == losses(armed)
     assert len(losses(plain)) == len(losses(ours)) == 12
     assert losses(ours) != losses(plain)
@@ -218,7 +225,7 @@ def test_an_unmodified_script_and_a_run_that_does_not_ask(table, tmp_path):
     assert "- `mmts`: mmts-infonce: alpha 0.04 over 12 steps" in card
     assert "MM-TS" not in armed
     launched = trained(tmp_path / "run", "--loss", "mmts", "--mmts-clusters", table, "--workers", 2,
-                       before=("-m", "mmts_plugins", "run"), MMTS="0")  # fmt: skip
+                       before=("-m", "mmts_plugins", "run"), MMTS="0", fresh=True)  # fmt: skip
     assert losses(launched) == losses(ours), "loaders in processes of their own"
 
 
@@ -235,9 +242,8 @@ def test_resumed_equals_uninterrupted_and_other_settings_are_refused(table, tmp_
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_ranks_end_alike(accumulation, table, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
     given = ("--loss", "mmts", "--mmts-clusters", table, "--accumulation", accumulation)
-    out = trained(tmp_path / "two", *given, before=torchrun)
+    out = trained(tmp_path / "two", *given, ranks=2)
     assert out.count("MM-TS: mmts-infonce: alpha 0.04") == 1
     one, other = weights(tmp_path / "two"), weights(tmp_path / "two", 1)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -257,7 +263,7 @@ def test_an_older_version_equals_float64_and_resumes(old, table, tmp_path):
         embeddings = [torch.from_numpy(each) for each in (record["anchor"][call], record["positive"][call])]
         assert record["loss"][call] == pytest.approx(expected(embeddings, temperature(nouns, step, 6), {}), rel=1e-6)
     assert f"host_version: {old.name.rpartition('-')[2]}" in (tmp_path / "a/mmts.yaml").read_text()
-    again = trained(tmp_path / "a", *given, "--resume", tmp_path / "a/checkpoint-3", **older)
+    again = trained(tmp_path / "a", *given, "--resume", tmp_path / "a/checkpoint-3", fresh=True, **older)
     base = [re.findall(r"'mmts/tau_base': '?([-\d.e]+)", text) for text in (out.stdout, again)]
     assert len(base[0]) == 6
     assert base[1] == base[0][3:]
@@ -269,7 +275,7 @@ def test_accelerate_launch(table, tmp_path):
     """Its way of starting several processes without MPI; the script says that they are on the CPU."""
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
               "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
-    out = trained(tmp_path, "--loss", "mmts", "--mmts-clusters", table, before=launch)
+    out = trained(tmp_path, "--loss", "mmts", "--mmts-clusters", table, before=launch, fresh=True)
     assert out.count("MM-TS: mmts-infonce: alpha 0.04 over 6 steps") == 1
     assert len(losses(out)) == 6
     one, other = weights(tmp_path), weights(tmp_path, 1)

@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import re
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -353,27 +352,23 @@ def test_arming_imports_nothing_that_a_trainer_has_not():
     assert run_python("-c", code, PYTHONPATH=str(REPOSITORY)).stdout.strip() == "set()"
 
 
-def test_start_up_costs_less_than_5_ms_and_imports_nothing():
+def test_start_up_imports_nothing_but_small_modules_of_ours():
+    """What that costs: benchmarks/startup.py."""
     code = f"""if True:
-        import os, sys, time
+        import os, sys
         sys.path.insert(0, {str(REPOSITORY)!r})
-        before, start = set(sys.modules), time.process_time()
+        before = set(sys.modules)
         import mmts_plugins._startup; mmts_plugins._startup.start()
-        print((time.process_time() - start) * 1000, *sorted(set(sys.modules) - before))"""
-    milliseconds = []
-    for _ in range(40):
-        done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-        cost, *imported = done.stdout.split()
-        assert imported == [
-            "__future__",
-            "mmts_plugins",
-            "mmts_plugins._hooks",
-            "mmts_plugins._startup",
-            "mmts_plugins.patches",
-            "mmts_plugins.patches._before",
-        ]
-        milliseconds.append(float(cost))
-    assert statistics.median(milliseconds) < 5
+        print(*sorted(set(sys.modules) - before))"""
+    done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split() == [
+        "__future__",
+        "mmts_plugins",
+        "mmts_plugins._hooks",
+        "mmts_plugins._startup",
+        "mmts_plugins.patches",
+        "mmts_plugins.patches._before",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import reference
 import torch
 from conftest import REPOSITORY, host_folders, run_python
+from forked import HUGGING_FACE, preload, run_forked
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'mmts-plugins[transformers]'")
 pytest.importorskip("accelerate", reason="needs: pip install 'transformers[torch]'")
@@ -24,10 +25,10 @@ from mmts_plugins.adapters.transformers import Tokens, check_contrastive
 from mmts_plugins.errors import ConfigError, SeamError, TableError
 from mmts_plugins.tables import ClusterTable
 
+preload(*HUGGING_FACE)
 SCRIPT = REPOSITORY / "tests" / "hf_train.py"
 DRIVER = REPOSITORY / "tests" / "recorded_hf.py"
 COUNT = {noun: 18 if noun == "tree" else 6 for noun in hf_train.NOUNS}
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 OLD = host_folders("transformers")
 
 
@@ -50,10 +51,14 @@ def words(folder: Path, tokenizer: Path, *more: object) -> list[object]:
             "--save_steps", 3, "--disable_tqdm", "true", "--seed", 7, *more]  # fmt: skip
 
 
-def trained(*command: object, expect: int = 0, old: Any = None, **environment: str) -> str:
+def trained(*command: object, expect: int = 0, fresh: bool = False, ranks: int = 0, old: Any = None,
+            **environment: str) -> str:  # fmt: skip
     if old is not None:  # of before torch 2.6, which resumes with its generators' states
         environment |= {"PYTHONPATH": str(old), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
-    done = run_python(*command, **environment)
+    if fresh or old is not None:
+        done = run_python(*command, **environment)
+    else:
+        done = run_forked(*command, ranks=ranks, armed=True, **environment)
     assert done.returncode == expect, done.stdout[-3000:]
     return done.stdout
 
@@ -128,7 +133,7 @@ def test_two_ranks_equal_float64_and_end_alike(gather, table, tokenizer, tmp_pat
     # Without its own search for weights that got no gradient: all must have one.
     given = words(tmp_path, tokenizer, "--loss", "mmts", "--mmts-clusters", table, *(["--mmts-gather"] * gather),
                   "--ddp_find_unused_parameters", "false")  # fmt: skip
-    out = trained(*TORCHRUN, DRIVER, tmp_path / "record", *given)
+    out = trained(DRIVER, tmp_path / "record", *given, ranks=2)
     check([dict(np.load(tmp_path / f"record-{rank}.npz")) for rank in range(2)], 6, together=gather)
     assert equal(weights(tmp_path), weights(tmp_path, 1))
     assert out.count("MM-TS: mmts-infonce: alpha 0.04") == 1
@@ -138,22 +143,23 @@ def test_accelerate_launch(table, tokenizer, tmp_path):
     # Its way of starting several processes without MPI; the script says that they are on the CPU.
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
               "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
-    out = trained(*launch, SCRIPT, *words(tmp_path, tokenizer, "--loss", "mmts", "--mmts-clusters", table))
+    out = trained(*launch, SCRIPT, *words(tmp_path, tokenizer, "--loss", "mmts", "--mmts-clusters", table), fresh=True)
     assert len(losses(out)) == 6
     assert out.count("MM-TS: mmts-infonce: alpha 0.04 over 6 steps") == 1
     assert equal(weights(tmp_path), weights(tmp_path, 1))
 
 
 def test_a_script_that_does_not_ask_is_as_without_us(table, tokenizer, tmp_path):
-    plain = trained(SCRIPT, *words(tmp_path / "plain", tokenizer), MMTS="0")
-    armed = trained(SCRIPT, *words(tmp_path / "armed", tokenizer), MMTS="1")
+    plain = trained(SCRIPT, *words(tmp_path / "plain", tokenizer), MMTS="0", fresh=True)
+    armed = trained(SCRIPT, *words(tmp_path / "armed", tokenizer), MMTS="1", fresh=True)
     assert losses(plain) == losses(armed)
     assert len(losses(plain)) == 12
     assert equal(weights(tmp_path / "plain"), weights(tmp_path / "armed"))
     assert "MM-TS" not in armed
     given = ("--loss", "mmts", "--mmts-clusters", table, "--trainer", "OwnTrainer")
-    ours = trained(SCRIPT, *words(tmp_path / "ours", tokenizer, *given))
-    launched = trained("-m", "mmts_plugins", "run", SCRIPT, *words(tmp_path / "run", tokenizer, *given), MMTS="0")
+    ours = trained(SCRIPT, *words(tmp_path / "ours", tokenizer, *given), fresh=True)
+    launcher = ("-m", "mmts_plugins", "run", SCRIPT)
+    launched = trained(*launcher, *words(tmp_path / "run", tokenizer, *given), MMTS="0", fresh=True)
     assert losses(launched) == losses(ours) != losses(plain)
     assert "'mmts/tau_mean'" in ours
 
