@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_python
+from conftest import REPOSITORY
+from forked import HUGGING_FACE, preload, run_forked
+
+preload(*HUGGING_FACE, "torchmetrics")
 
 EXAMPLES = {  # what they need; the flags of a short run; mmts cluster's; those of the scheduled run
     "sentence_transformers_docstrings": (
@@ -38,7 +41,7 @@ def test_an_example_runs_plain_and_scheduled(name, given, tmp_path):
     script, table = REPOSITORY / "examples" / name / "train.py", tmp_path / "t.parquet"
 
     def run(*words: object) -> str:
-        done = run_python(*words)
+        done = run_forked(*words, armed=True)
         assert done.returncode == 0, done.stdout[-3000:]
         return done.stdout
 
