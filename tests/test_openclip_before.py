@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, host_folders, openclip_flags, run_python, write_model
+from forked import run_forked
 
 pytest.importorskip("open_clip", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
 
 from test_openclip_main import check_steps
 
 DRIVER = REPOSITORY / "tests" / "recorded_openclip.py"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
 class OldOpenCLIP:
@@ -40,12 +40,17 @@ class OldOpenCLIP:
         given = {"train_data": data.csv, "dataset_type": "csv", "loss": "mmts", "mmts_clusters": data.table, **changes}
         return openclip_flags(self.model(logs), logs, **{"device": None if self.is_2 else "cpu", **given})
 
-    def python(self, *command: object, logs: Path, expect: int = 0, **environment: str) -> str:
+    def python(
+        self, *command: object, logs: Path, expect: int = 0, ranks: int = 0, fresh: bool = False, **environment: str
+    ) -> str:
         path = os.pathsep.join((str(self.folder), str(REPOSITORY / "tests" / "shim")))
         environment = {"TEST_TRAINER": self.trainer, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", **environment}
         if self.is_2:
             environment["TEST_MODEL"] = str(logs / "tiny.json")
-        done = run_python(*command, PYTHONPATH=path, **environment)
+        if fresh:
+            done = run_python(*command, PYTHONPATH=path, **environment)
+        else:
+            done = run_forked(*command, ranks=ranks, armed=True, PYTHONPATH=path, **environment)
         assert done.returncode == expect, done.stdout[-3000:]
         return done.stdout
 
@@ -94,7 +99,7 @@ def test_every_step_equals_the_reference_also_resumed(old, data, tmp_path):
 def test_two_ranks_in_bfloat16_equal_the_reference(old, data, tmp_path):
     options = {"batch_size": 6, "precision": "amp_bf16", "local_loss": True, "gather_with_grad": True,
                "dist_backend": "gloo"}  # fmt: skip
-    out = old.python(*TORCHRUN, DRIVER, tmp_path / "run", *old.flags(data, tmp_path, **options), logs=tmp_path)
+    out = old.python(DRIVER, tmp_path / "run", *old.flags(data, tmp_path, **options), logs=tmp_path, ranks=2)
     ranks = [load(tmp_path / f"run-{rank}.npz") for rank in range(2)]
     assert [len(rank["loss"]) for rank in ranks] == [8, 8]
     # Each rank's own rows: their mean is the loss of all.
@@ -130,7 +135,8 @@ def test_the_launcher_and_the_doctor_know_it(old, data, tmp_path):
     assert block.count("  ok ") >= 3
     assert "PROBLEM" not in block
     wrong = old.flags(data, tmp_path, loss="mmts", mmts_clusters=tmp_path / "nowhere.parquet")
-    out = old.python("-m", "mmts_plugins", "run", "-m", f"{old.trainer}.main", *wrong, logs=tmp_path, expect=2)
+    launcher = ("-m", "mmts_plugins", "run", "-m", f"{old.trainer}.main")
+    out = old.python(*launcher, *wrong, logs=tmp_path, expect=2, fresh=True)
     assert out.strip().splitlines()[-1].startswith("mmts: error:")
     assert "nowhere.parquet" in out
 
