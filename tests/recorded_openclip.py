@@ -1,4 +1,4 @@
-"""Started by torchrun in tests: OpenCLIP's own main, with what goes into and comes out of our loss written down."""
+"""Started in tests: OpenCLIP's own main, with what goes into and comes out of our loss written down."""
 
 from __future__ import annotations
 

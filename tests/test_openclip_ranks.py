@@ -1,4 +1,4 @@
-"""The real OpenCLIP trainer under torchrun, two gloo ranks."""
+"""The real OpenCLIP trainer on two gloo ranks, under torchrun where that may matter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from conftest import REPOSITORY, SIGLIP, openclip_flags, run_python, write_model
+from forked import run_forked
 
 pytest.importorskip("open_clip_train", reason="needs the extra: pip install 'mmts-plugins[openclip]'")
 
@@ -31,7 +32,7 @@ def flags(model, data, logs, **changes) -> list[str]:
 
 def recorded(target: Path, arguments: list[str], expect: int = 0, **environment: str) -> list[dict[str, np.ndarray]]:
     script = REPOSITORY / "tests" / "recorded_openclip.py"
-    done = run_python(*TORCHRUN, "--", script, target, *arguments, **environment)
+    done = run_forked(script, target, *arguments, ranks=2, armed=True, **environment)
     assert (done.returncode == 0) == (expect == 0), done.stdout[-3000:]
     return [dict(np.load(f"{target}-{rank}.npz")) for rank in range(2)]
 
@@ -106,12 +107,13 @@ def test_class_tokens_on_two_ranks(small_model, data, tmp_path):
     # without a loss of ours, and resumed by one process without a flag
     plain = flags(small_model, data, tmp_path / "c", **ours, loss=None, mmts_clusters=None)
     script = REPOSITORY / "tests" / "recorded_openclip.py"
-    done = run_python(*TORCHRUN, "--", script, tmp_path / "plain", *plain)
+    done = run_forked(script, tmp_path / "plain", *plain, ranks=2, armed=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count("MM-TS: features on Multi(4, 4)") == 1
     given = {"loss": None, "mmts_clusters": None, "epochs": 3, "name": "one"}
     resume = ["--resume", str(tmp_path / "c/run/checkpoints/epoch_2.pt")]
-    done = run_python(script, tmp_path / "one", *flags(small_model, data, tmp_path / "c", **given), *resume)
+    arguments = flags(small_model, data, tmp_path / "c", **given)
+    done = run_forked(script, tmp_path / "one", *arguments, *resume, armed=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "MM-TS: features on Multi(4, 4), as the checkpoint says" in done.stdout
 

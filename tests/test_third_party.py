@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 import yaml
-from conftest import REPOSITORY, run_python
+from conftest import REPOSITORY
 from forked import run_forked
 from ranks import on_ranks
 
@@ -192,7 +192,7 @@ def test_a_loss_of_somebody_else_in_a_host_of_somebody_else(installed, captions)
     shown = run_forked("-m", "mmts_plugins", "schedule", "--host", "tiny", "--total-steps", 6, *flags, PYTHONPATH=path)
     assert "temperature" in shown.stdout
     assert "mmts-decoupled" in shown.stdout
-    doctor = run_python("-m", "mmts_plugins", "doctor", PYTHONPATH=path)
+    doctor = run_forked("-m", "mmts_plugins", "doctor", PYTHONPATH=path)
     assert "mmts-decoupled" in doctor.stdout
 
 
@@ -254,4 +254,4 @@ def test_a_broken_loss_stops_only_who_asks_for_it(old, new, message, installed, 
     assert bad.returncode == 2
     assert bad.stdout.startswith("mmts: error: the loss mmts-decoupled (mmts_decoupled:KIND of mmts-decoupled) cannot")
     assert message in bad.stdout
-    assert message in run_python("-m", "mmts_plugins", "doctor", PYTHONPATH=path).stdout
+    assert message in run_forked("-m", "mmts_plugins", "doctor", PYTHONPATH=path).stdout
