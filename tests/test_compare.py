@@ -28,7 +28,7 @@ from scipy.stats import ttest_rel
 
 from mmts_plugins.adapters.openclip import ADAPTER
 from mmts_plugins.cli import _parser, main
-from mmts_plugins.compare import execute, tables
+from mmts_plugins.compare import execute, picture, tables
 from mmts_plugins.compare import lock as locks
 from mmts_plugins.compare import plan as plans
 from mmts_plugins.compare.execute import State
@@ -105,10 +105,30 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "with blank" / "out" / "compare.json").read_text())
 
 
+def test_the_picture_holds_differences_to_the_first_variant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is drawn: the metrics that judge, without ranks, what stands beside R@1, and what was not evaluated."""
+    names = ["image_to_text_R@1", "image_to_text_R@10", "image_to_text_median_rank", "zero_shot_top1"]
+    values = {name: {m: {"all": {0: 0.25 + add, 1: 0.5 + 2 * add}} for m in names}
+              for name, add in (("plain", 0.0), ("TS", 0.1))} | {"none": {}}  # fmt: skip
+    made = plans.Plan([], [*values], [0, 1], [("TS", "plain"), ("none", "plain")], [], tmp_path, tmp_path)
+    panels = tables._panels(made, tables.summary(values, made.contrasts))
+    assert [panel.title for panel in panels] == ["image → text_R@1", "zero_shot_top1"]
+    assert list(panels[0].entries) == ["TS", "none"]
+    assert panels[0].entries["none"] is None
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *_, **__: drawn.append((x, y)))
+    picture.draw(tmp_path / "c.png", panels, "points")
+    assert len(drawn) == 4
+    assert drawn[1] == ([pytest.approx(15)], [0])
+    assert drawn[0][0] == pytest.approx([15 - 12.706 * 5, 15 + 12.706 * 5], rel=1e-4)
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
 def test_four_variants_over_three_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(folder) == 0
     said = capsys.readouterr().out
     assert "12 of 12 runs finished" in said
+    assert "compare.csv, compare.png" in said
     made = calls(folder)
     assert all(len(of_run) == 1 for of_run in made.values())
     flags = {name: shlex.split(made[f"{name}-seed0"][0]) for name in ("plain", "TS", "ICS", "TS-ICS")}

@@ -114,7 +114,8 @@ def _title(key: tuple[str, str, str]) -> str:
 def _difference(variants: dict[str, dict[int, float]], one: str, other: str) -> str:
     seeds = [seed for seed in variants[one] if seed in variants[other]]
     found = difference([100 * (variants[one][seed] - variants[other][seed]) for seed in seeds])
-    text = f"{found.mean:+.2f}" + ("" if found.low is None else f" [{found.low:+.2f}, {found.high:+.2f}]")
+    mean, low, high = (None if each is None else round(each, 2) + 0.0 for each in found[:1] + found[2:4])  # no -0.00
+    text = f"{mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
     return f"**{text}**" if found.seen else text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import ConfigError
@@ -56,7 +57,10 @@ def compare(
         signal.signal(signal.SIGTERM, before)
     print(f"\n{tables.write(plan, state.runs)}")
     finished = sum(state.of(each).get("status") == FINISHED for each in plan.runs)
-    print(f"{finished} of {len(plan.runs)} runs finished. Written to {output}: compare.md, compare.json, compare.csv")
+    print(
+        f"{finished} of {len(plan.runs)} runs finished. Written to {output}: compare.md, compare.json, compare.csv"
+        + (", compare.png" if Path(output, "compare.png").exists() else "")
+    )
     failed = [each for each in plan.runs if state.of(each).get("error")]
     for each in failed:
         print(f"failed: {each.name}: {state.of(each)['error']}")

@@ -16,12 +16,14 @@ from ..errors import MMTSError, one_line, reading, shown
 from ..evaluation.seeds import LEVEL, Difference, difference
 from ..fields import NUMBER, TEXT, Field
 from ..markdown import padded
+from . import picture
 from .plan import Plan
 
 GROUPS = ("all", "head", "middle", "tail")
 NAME = "compare"
 FINISHED = "finished"  # trained and evaluated
 _NAME, _NUMBER = Field(TEXT, longest=200), Field(NUMBER)
+_PANELS, _BESIDE = 4, ("_R@5", "_R@10", "_top5", "_class_mean")  # of the picture: more would be too narrow
 _BOUNDS = ("mean", "low", "high")
 _SHOWN = ("_R@1", "_R@5", "_R@10", "_mAP", "_nDCG", "_top1", "_top5", "_class_mean")
 
@@ -176,7 +178,7 @@ def _number(value: float, name: str, sign: str = "") -> str:
 
 
 def write(plan: Plan, state: dict[str, Any]) -> str:
-    """Write ``compare.md``, ``compare.json`` and ``compare.csv`` of what is there; the Markdown is returned."""
+    """Write ``compare.md``, ``.json``, ``.csv`` and, with matplotlib, ``.png``; the Markdown is returned."""
     values = collect(plan, {name for name, known in state.items() if known["status"] == FINISHED})
     found = summary(values, plan.contrasts)
     for name in plan.metrics:
@@ -202,4 +204,20 @@ def write(plan: Plan, state: dict[str, Any]) -> str:
     for suffix, content in contents.items():
         with replacing(plan.output / f"{NAME}.{suffix}") as temporary:
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
+    if picture.can_draw() and (panels := _panels(plan, found)):
+        picture.draw(plan.output / f"{NAME}.png", panels, f"points over {plan.variants[0]}")
     return text
+
+
+def _panels(plan: Plan, found: dict[str, Any]) -> list[picture.Panel]:
+    """A panel for each of the table's metrics in per cent: what the others have over the first variant."""
+    first, *others = plan.variants
+    panels = []
+    usual = _usual(found)
+    for name in plan.metrics or [name for name in usual if not name.endswith(_BESIDE)] or usual:
+        entries = {
+            other: found[other].get(name, {}).get("all", {}).get("differences", {}).get(first) for other in others
+        }
+        if "rank" not in name and any(entries.values()):
+            panels.append(picture.Panel(name.replace("_to_", " → "), entries))
+    return panels[:_PANELS]

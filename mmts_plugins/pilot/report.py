@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from .._files import replacing
-from ..compare import tables
+from ..compare import picture, tables
+from ..compare.picture import Panel
 from ..compare.plan import SHUFFLED
 from ..evaluation.seeds import Difference, difference
 
@@ -49,7 +50,7 @@ def write(
     for name, content in (("pilot.md", text), ("pilot.json", json.dumps(document, indent=2) + "\n")):
         with replacing(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-    if _has_matplotlib():
+    if picture.can_draw():
         draw(folder / "pilot.png", variants, found, MAIN)
         _page(folder, variants, table, verdict, about)
         text += f"\nWritten to {folder}: report.html, pilot.png, pilot.md, pilot.json"
@@ -122,41 +123,23 @@ def _difference(entry: dict[str, Any]) -> Difference:
     return Difference(**{name: entry[name] for name in Difference._fields})
 
 
-def _has_matplotlib() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("matplotlib") is not None
-
-
 def draw(path: Path, variants: Sequence[Variant], found: dict[str, Any], metric: str) -> None:
     """Each variant's difference to the first with its interval, for all texts and for the three thirds."""
     from ..report import plots
 
-    first = variants[0].name
-    rows = [variant.name for variant in variants[1:]]
-    groups = [group for group in tables.GROUPS if group in found[first].get(metric, {})]
-    figure = plots.blank_figure(plots.WIDTH, 1.6 + 0.32 * len(rows))
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    colours = {"all": "#1c1c1c", "head": plots.HEAD, "middle": plots.MIDDLE, "tail": plots.TAIL}
-    for axes, group in zip(panels, groups):
-        plots.style(axes)
-        axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-        axes.axvline(0, color="#888888", linewidth=1)
-        for place, name in enumerate(rows):
-            entry: Optional[dict[str, Any]] = (
-                found[name].get(metric, {}).get(group, {}).get("differences", {}).get(first)
-            )
-            if entry is None:
-                continue
-            if entry["low"] is not None:
-                axes.plot([100 * entry["low"], 100 * entry["high"]], [place, place], color=colours[group], linewidth=2)
-            axes.plot([100 * entry["mean"]], [place], "o", color=colours[group], markersize=5)
-        axes.set_title(group, fontsize=10)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.set_yticks(range(len(rows)), [plots.literal(name) for name in rows], fontsize=9)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-    figure.supxlabel(plots.literal(f"{metric}, points over {first}"), fontsize=9)
-    plots.save(figure, path)
+    first, *rows = (variant.name for variant in variants)
+    colours = {"all": picture.INK, "head": plots.HEAD, "middle": plots.MIDDLE, "tail": plots.TAIL}
+    panels = [
+        Panel(group, {name: _to(found, name, metric, group, first) for name in rows}, colours[group])
+        for group in tables.GROUPS
+        if group in found[first].get(metric, {})
+    ]
+    picture.draw(path, panels, f"{metric}, points over {first}")
+
+
+def _to(found: dict[str, Any], name: str, metric: str, group: str, first: str) -> Optional[dict[str, Any]]:
+    entry: Optional[dict[str, Any]] = found[name].get(metric, {}).get(group, {}).get("differences", {}).get(first)
+    return entry
 
 
 def _page(folder: Path, variants: Sequence[Variant], table: str, verdict: str, about: dict[str, Any]) -> None:
