@@ -49,9 +49,7 @@ def save(values: Values, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["loss", "metric", "variant", "seed", *GROUPS])
-        writer.writerows(
-            [*key, *(f"{groups[g]:.7g}" if g in groups else "" for g in GROUPS)] for key, groups in rows.items()
-        )
+        writer.writerows([*key, *(groups.get(group, "") for group in GROUPS)] for key, groups in rows.items())
 
 
 def of_runs(path: Path) -> Values:
