@@ -19,6 +19,10 @@ pytest.importorskip("scipy", reason="needs the extra: pip install 'mmts-plugins[
 
 from mmts_plugins import cli
 from mmts_plugins.adapters.openclip import ADAPTER
+from mmts_plugins.clustering import build
+from mmts_plugins.data.captions import read_samples
+from mmts_plugins.data.rows import Rows
+from mmts_plugins.data.source import Source
 from mmts_plugins.errors import ConfigError
 from mmts_plugins.hosts.session import Facts
 from mmts_plugins.pilot import data, report, run
@@ -212,6 +216,24 @@ def test_text_beside_text_embedded_here(inputs, tmp_path, capsys):
     given[given.index("hashing")] = "tfidf"
     assert cli.main([str(word) for word in given]) == 2
     assert "--encoder tfidf is fitted to the texts it is given" in capsys.readouterr().err
+
+
+def test_captions_are_embedded_in_the_order_of_mmts_cluster(tmp_path, monkeypatch):
+    """Or the cache, whose parts are named by their captions in order, would hold nothing for a pilot."""
+    (tmp_path / "d.tsv").write_text("title\nb cat\na dog\nb cat\na bird\n")
+    asked = []
+
+    def embedded(encoder: str, captions: list[str]) -> Rows:
+        asked.append(captions)
+        return Rows(np.arange(len(captions), dtype=np.float32)[:, None])
+
+    monkeypatch.setattr("mmts_plugins.data.embed.texts", embedded)
+    source = Source(str(tmp_path / "d.tsv"))
+    found = data.read(source, data.Side(None, "x"), data.Side(None, "x", "title"), None, False)
+    samples = read_samples(source)
+    prepared = build.distinct(samples.captions)[0]
+    assert asked == [prepared, prepared] == [["b cat", "a dog", "a bird"]] * 2
+    assert found.texts[:, 0].tolist() == [0, 1, 0, 2]
 
 
 def test_groups_stay_on_one_side_and_are_right_for_one_another(inputs, finished):

@@ -279,9 +279,9 @@ def test_launcher_refuses_an_unknown_host(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none.py", "--loss", "mmts"], "there is no script '{}/none.py'; for a module: mmts run -m MODULE"),
+        (["none.py", "--loss", "mmts"], "there is no script '/...none.py'; for a module: mmts run -m MODULE"),
         ([""], "there is no script ''"),
-        (["folder"], "'{}/folder' is a folder without a __main__.py"),
+        (["folder"], "'/...folder' is a folder without a __main__.py"),
         (["-m", "nowhere.at.all"], "there is no module 'nowhere.at.all' in this environment"),
         (["-m", ".a"], "there is no module '.a'"),
         (["-m", ""], "there is no module ''"),
@@ -297,7 +297,7 @@ def test_launcher_of_what_is_not_there(arguments, message, tmp_path):
     done = launch(*arguments)
     assert done.returncode == 2
     assert last_line(done).startswith("mmts: error: mmts run")
-    assert message.format(tmp_path) in last_line(done)
+    assert all(part in last_line(done) for part in message.split("..."))  # a long path is told without its middle
 
 
 def test_errors_of_what_was_launched_are_its_own(tmp_path):

@@ -92,16 +92,17 @@ def _features(source: Source, captions: list[str], side: Side, flag: str, image_
         if len(found) != len(captions):
             raise ConfigError(f"{side.file}: {len(found)} rows for {len(captions)} samples of {source.data} ({flag})")
         return np.asarray(found, np.float32)
+    from ..clustering.build import distinct
     from ..data import embed
     from ..data.images import stamped
 
     values = captions if side.column is None else read_samples(source, [side.column], captions=False).labels
-    distinct, rows = np.unique(np.asarray(values, object), return_inverse=True)
+    each, rows = distinct(values)  # in mmts cluster's order, so that its cache is ours
     assert side.encoder is not None
     if side.images:
-        made = embed.images(side.encoder, stamped(distinct.tolist(), image_root, source.data))
+        made = embed.images(side.encoder, stamped(each, image_root, source.data))
     else:
-        made = embed.texts(side.encoder, distinct.tolist())
+        made = embed.texts(side.encoder, each)
     return made.take(rows)
 
 
