@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shlex
 from collections import defaultdict
 from types import ModuleType
 
@@ -28,7 +29,7 @@ def tables() -> ModuleType:
 
 
 def test_there_are_runs_of_three_sets_and_of_eight_seeds():
-    assert len(RUNS) >= 3
+    assert len(RUNS) >= 4
     for path in RUNS:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -66,7 +67,17 @@ def test_a_row_by_scipy(path):
     shown = f"{np.mean(values['TS']) - np.mean(values['plain']):+.2f} [{low:+.2f}, {high:+.2f}]"
     module = tables()
     row = next(line for line in module.table(module.of_runs(path), ["all"]).splitlines() if line.startswith("| TS |"))
-    assert row.split(" | ")[1] == (f"**{shown}**" if found.pvalue < 0.05 else shown)
+    assert row.split("|")[2].strip() == (f"**{shown}**" if found.pvalue < 0.05 else shown)
+
+
+def test_the_document_has_the_table_of_pairs():
+    """Of its own command, which names the files and the pairs."""
+    module = tables()
+    command = shlex.split(TEXT[TEXT.index("cd docs/pilots && python") :].split("\n\n")[0].replace("\\\n", " "))
+    pairs = [tuple(after.split("=")) for word, after in zip(command, command[1:]) if word == "--minus"]
+    files = [RUNS[0].parent / word for word in command if word.endswith(".csv")]
+    assert (len(pairs), len(files)) == (6, 3)
+    assert module.pairs_table(module.beside(files), ["all"], pairs) in TEXT
 
 
 def test_runs_are_saved_and_read(tmp_path):
